@@ -1,0 +1,546 @@
+"""The typed configuration: what every YAML file and ``--section.field value`` may say.
+
+One model per class that it configures, in the field names of that class's constructor. Files are
+merged left to right over the defaults, dotted overrides come last, unknown keys are errors. This
+module never imports torch, so that ``--help`` answers at once.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+import types
+import typing
+from pathlib import Path
+from typing import Annotated, Any, Literal, Union
+
+import pydantic
+import yaml
+from pydantic import ConfigDict, Field, PositiveFloat, PositiveInt
+
+from .errors import ConfigError, one_line
+
+Fraction = Annotated[float, Field(ge=0, le=1)]
+NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
+class Section(pydantic.BaseModel):
+    """A part of the configuration; unknown keys are refused and values are not changed later."""
+
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, frozen=True, allow_inf_nan=False)
+
+
+# ------------------------------------------------------------------------------- feed-forward layers
+class LinearRouterConfig(Section):
+    kind: Literal["linear"] = "linear"
+    gate: Literal["softmax", "sigmoid"] = "softmax"
+    """how logits become gates"""
+
+
+class CosineRouterConfig(Section):
+    kind: Literal["cosine"] = "cosine"
+    gate: Literal["softmax", "sigmoid"] = "softmax"
+    """how logits become gates"""
+    dim: PositiveInt = 16
+    """width in which rows and experts are compared"""
+    initial_temperature: PositiveFloat | None = None
+    """divides the cosines; none means 0.3 for softmax and 0.07 for sigmoid"""
+    learned_temperature: bool = True
+    """train the temperature; the balance loss always uses the initial one"""
+    normalize_rows: bool = True
+    """L2-normalise the projected rows too; off (with a fixed temperature of 1) is the released MH-MoE code's form"""
+
+
+RouterConfig = Annotated[Union[LinearRouterConfig, CosineRouterConfig], Field(discriminator="kind")]
+
+
+class DenseConfig(Section):
+    kind: Literal["dense"] = "dense"
+    hidden_dim: PositiveInt | Literal["parity"] | None = None
+    """inner width; none means 4 times the token width"""
+    activation: Literal["gelu", "relu", "swiglu"] = "gelu"
+    bias: bool = True
+    sub_ln: bool = False
+    """LayerNorm over the inner width before the second matrix (Magneto, BEiT-3)"""
+
+
+class MoEConfig(Section):
+    kind: Literal["moe"] = "moe"
+    num_experts: PositiveInt | Literal["parity"] = 8
+    hidden_dim: PositiveInt | Literal["parity"] | None = None
+    """inner width of an expert; none means 4 times the token width"""
+    top_k: PositiveInt = 1
+    """experts chosen per routed row"""
+    activation: Literal["gelu", "relu", "swiglu"] = "gelu"
+    bias: bool = True
+    router: RouterConfig = LinearRouterConfig()
+    normalize_gates: bool = True
+    """divide the gates of the chosen experts by their sum (never done for top_k = 1)"""
+    num_shared_experts: int = Field(0, ge=0)
+    """experts that every token passes, beside the routed ones"""
+    shared_hidden_dim: PositiveInt | None = None
+    """inner width of a shared expert; none means hidden_dim"""
+    capacity_factor: PositiveFloat | None = None
+    """rows an expert takes at most in training, over the even share; none drops nothing"""
+    balance_share: Literal["first", "all"] = "first"
+    """which choices the balance loss counts: the first of each row, or all top_k divided by k"""
+    balance_per_modality: bool = False
+    """form the balance loss for images and texts apart and average the two"""
+    balance_bias_rate: NonNegativeFloat = 0.0
+    """step of bias-based balancing without an auxiliary loss; 0 is off"""
+
+
+class MHMoEConfig(MoEConfig):
+    kind: Literal["mh_moe"] = "mh_moe"
+    top_k: PositiveInt = 2
+    """experts chosen per sub-token"""
+    num_subtokens: PositiveInt = 4
+    """pieces every token is cut into (the papers' h)"""
+    head_layers: int = Field(1, ge=0, le=3)
+    """linear layers before the split, ReLU between them"""
+    merge_layers: int = Field(1, ge=0, le=3)
+    """linear layers after the merge, ReLU between them"""
+    subtoken_residual: bool = False
+    """add each sub-token to its experts' sum inside the layer (paper 1's equation)"""
+    conv_kernel: PositiveInt | None = None
+    """head and merge by Conv1d over the token axis with this kernel instead of linear layers (ablation)"""
+    conv_stride: PositiveInt = 1
+    """stride of that Conv1d"""
+
+
+FFNConfig = Annotated[Union[DenseConfig, MoEConfig, MHMoEConfig], Field(discriminator="kind")]
+
+
+class ParityConfig(Section):
+    """The baseline that ``hidden_dim: parity`` and ``num_experts: parity`` are solved against."""
+
+    kind: Literal["moe"] = "moe"
+    num_experts: PositiveInt = 8
+    hidden_dim: PositiveInt | None = None
+    """inner width of a baseline expert; none means 4 times the token width"""
+    top_k: PositiveInt = 1
+    activation: Literal["gelu", "relu", "swiglu"] = "gelu"
+    bias: bool = True
+    rule: Literal["flops_and_parameters", "parameters"] = "flops_and_parameters"
+    """paper 2's rule (equal FLOPs, then equal parameters) or paper 1's (equal parameters through the width alone)"""
+
+
+# ------------------------------------------------------------------------------------------- encoder
+class EncoderConfig(Section):
+    embed_dim: PositiveInt = 192
+    depth: PositiveInt = 6
+    num_heads: PositiveInt = 3
+    """attention heads"""
+    img_size: PositiveInt | tuple[PositiveInt, PositiveInt] = 224
+    """pixels, or (height, width)"""
+    patch_size: PositiveInt = 16
+    vocab_size: PositiveInt = 64010
+    """rows of the text embedding"""
+    max_text_len: PositiveInt = 1022
+    """text positions"""
+    modalities: tuple[Literal["image", "text"], ...] = ("image", "text")
+    """branches to build"""
+    multiway: Literal["decoupled", "shared_attention", "shared"] = "decoupled"
+    """decoupled: everything per modality; shared_attention: FFN per modality; shared: one set of weights"""
+    vl_ffn_layers: int = Field(0, ge=0)
+    """top layers with one more FFN for pairs (multiway: shared_attention)"""
+    ffn: FFNConfig = DenseConfig(sub_ln=True)
+    """the feed-forward layer under study"""
+    dense_ffn: DenseConfig = DenseConfig(sub_ln=True)
+    """the feed-forward layer of the blocks without experts"""
+    moe_every: PositiveInt = 2
+    """every n-th block carries ``ffn`` when it is sparse"""
+    expert_pool: Literal["joint", "per_modality"] = "joint"
+    """one pool of experts for both modalities, or one each"""
+    attention_sub_ln: bool = True
+    """LayerNorm before the attention's output projection (Magneto)"""
+    drop_path: Fraction = 0.0
+    """largest rate, growing linearly with depth"""
+    dropout: Fraction = 0.0
+    final_norm: bool = True
+    """LayerNorm after the last block"""
+    norm_eps: PositiveFloat = 1e-5
+    grad_checkpointing: bool = False
+    """recompute activations in the backward pass to save memory"""
+
+
+# ---------------------------------------------------------------------------------------------- data
+class StreamConfig(Section):
+    train: str | list[str]
+    """shards to train on: folder, tar file, brace pattern or http(s) address, or a list of them"""
+    val: str | list[str] | None = None
+    """shards for validation"""
+    batch_size: PositiveInt = 16
+    """samples per optimizer step, over all ranks and accumulated parts"""
+
+
+class BPEConfig(Section):
+    """open_clip's bundled byte-pair encoding, with a mask and a padding piece appended."""
+
+    kind: Literal["bpe"] = "bpe"
+
+
+class SentencePieceConfig(Section):
+    kind: Literal["sentencepiece"] = "sentencepiece"
+    path: str
+    """a .spm or .model file; ids follow BEiT-3's convention"""
+
+
+TextTokenizerConfig = Annotated[Union[BPEConfig, SentencePieceConfig], Field(discriminator="kind")]
+
+
+class AugmentConfig(Section):
+    min_crop: Annotated[float, Field(gt=0, le=1)] = 0.2
+    """smallest share of the picture that a random crop keeps"""
+    flip: Fraction = 0.5
+    """probability of a horizontal flip; set 0 where captions say left and right"""
+    color_jitter: NonNegativeFloat = 0.4
+    """strength of the brightness, contrast and saturation changes"""
+
+
+# --------------------------------------------------------------------------------------------- tasks
+class MaskedModelingConfig(Section):
+    """Masked prediction on images, texts and pairs (BEiT-3's objective)."""
+
+    kind: Literal["masked_modeling"] = "masked_modeling"
+    visual_tokenizer: str | None = None
+    """run folder or checkpoint of the visual tokenizer; needed when a stream has images"""
+    data_dir: str = "."
+    """folder that relative shard paths start from"""
+    images: StreamConfig | None = None
+    texts: StreamConfig | None = None
+    pairs: StreamConfig | None = None
+    text_tokenizer: TextTokenizerConfig = BPEConfig()
+    augment: AugmentConfig = AugmentConfig()
+    image_mask_ratio: Fraction = 0.4
+    """share of patches masked, block-wise"""
+    text_mask_ratio: Fraction = 0.15
+    """share of text tokens masked in texts"""
+    pair_text_mask_ratio: Fraction = 0.5
+    """share of text tokens masked in pairs"""
+    min_mask_block: PositiveInt = 16
+    """smallest block of masked patches on a 14 x 14 grid; scaled with the grid's area"""
+
+
+class PixelTeacherConfig(Section):
+    """The patch's own pixels in [-1, 1]; needs no other model (mean squared error)."""
+
+    kind: Literal["pixels"] = "pixels"
+
+
+class OpenClipTeacherConfig(Section):
+    """Patch features of an open_clip image tower (cosine loss)."""
+
+    kind: Literal["open_clip"] = "open_clip"
+    model: str = "ViT-B-16"
+    pretrained: str | None = None
+    """open_clip tag or local checkpoint; none means random weights"""
+
+
+TeacherConfig = Annotated[Union[PixelTeacherConfig, OpenClipTeacherConfig], Field(discriminator="kind")]
+
+
+class VisualTokenizerConfig(Section):
+    """VQ-KD: ViT encoder, l2-normalised codebook, ViT decoder."""
+
+    img_size: PositiveInt = 224
+    patch_size: PositiveInt = 16
+    embed_dim: PositiveInt = 768
+    depth: PositiveInt = 12
+    num_heads: PositiveInt = 12
+    decoder_embed_dim: PositiveInt = 768
+    decoder_depth: PositiveInt = 3
+    decoder_num_heads: PositiveInt = 12
+    num_codes: PositiveInt = 8192
+    code_dim: PositiveInt = 32
+    target_dim: PositiveInt = 512
+    """width of the teacher's features (3 * patch_size**2 for pixels)"""
+    ema_decay: Fraction = 0.99
+    """of the codebook's moving averages"""
+    commitment_weight: NonNegativeFloat = 1.0
+    revive_after: int = Field(100, ge=0)
+    """training steps without use after which a code is re-seeded from the batch; 0 never"""
+
+
+class VisualTokenizerTaskConfig(Section):
+    """Training of the visual tokenizer by distillation."""
+
+    kind: Literal["visual_tokenizer"] = "visual_tokenizer"
+    model: VisualTokenizerConfig = VisualTokenizerConfig()
+    teacher: TeacherConfig = PixelTeacherConfig()
+    data_dir: str = "."
+    """folder that relative shard paths start from"""
+    images: StreamConfig
+    augment: AugmentConfig = AugmentConfig(min_crop=0.08, color_jitter=0.0)
+
+
+TaskConfig = Annotated[Union[MaskedModelingConfig, VisualTokenizerTaskConfig], Field(discriminator="kind")]
+
+
+# -------------------------------------------------------------------------------------------- engine
+class OptimConfig(Section):
+    lr: PositiveFloat = 1e-3
+    """peak learning rate"""
+    min_lr: NonNegativeFloat = 1e-6
+    warmup_steps: int = Field(0, ge=0)
+    schedule: Literal["cosine", "linear"] = "cosine"
+    """decay after the warm-up, down to min_lr at the last step"""
+    betas: tuple[Fraction, Fraction] = (0.9, 0.98)
+    eps: PositiveFloat = 1e-6
+    weight_decay: NonNegativeFloat = 0.05
+    layer_decay: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """learning rate factor from each block to the one below it"""
+    clip_grad: PositiveFloat | None = 3.0
+    """largest norm of all gradients together"""
+    balance_loss_weight: NonNegativeFloat = 0.01
+    z_loss_weight: NonNegativeFloat = 0.0
+
+
+class TrainConfig(Section):
+    steps: PositiveInt = 1000
+    """optimizer steps"""
+    accumulate: PositiveInt = 1
+    """parts that each batch is split into, one after the other, to save memory"""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """bfloat16 autocast; auto uses it where the processor has it"""
+    device: str = "auto"
+    """cpu, cuda, cuda:1, or auto"""
+    threads: int = Field(0, ge=0)
+    """processor threads per rank; 0 leaves torch's choice"""
+    num_workers: int = Field(1, ge=0)
+    """processes that prepare data; the result does not depend on it"""
+    log_every: PositiveInt = 10
+    eval_every: int = Field(0, ge=0)
+    """steps between evaluations; 0 evaluates at the end only (and before the first step)"""
+    save_every: int = Field(0, ge=0)
+    """steps between checkpoints; 0 saves at the end and when stopped"""
+    keep_steps: bool = False
+    """keep every saved step as checkpoints/step-..., not only last and best"""
+    resume: str = "auto"
+    """auto continues the run in output_dir, never starts anew and refuses a used folder"""
+    ema_decay: Fraction = 0.0
+    """moving average of the weights, evaluated instead of them; 0 is off"""
+    tensorboard: bool = False
+    """write TensorBoard events too (extra: track)"""
+    compile: bool = False
+    """torch.compile the model"""
+    max_bad_fraction: Fraction = 0.01
+    """share of unreadable training samples above which the run stops"""
+
+
+class RunConfig(Section):
+    """One run of a training tool: an encoder, a task, an optimizer, the loop."""
+
+    output_dir: str = "out/run"
+    """run folder"""
+    seed: int = Field(0, ge=0)
+    """of weights, data order, crops and masks"""
+    init_from: str | None = None
+    """run folder or checkpoint whose encoder the training starts from"""
+    parity: ParityConfig | None = None
+    """baseline for ``parity`` values in encoder.ffn"""
+    encoder: EncoderConfig | None = None
+    task: TaskConfig
+    optim: OptimConfig = OptimConfig()
+    train: TrainConfig = TrainConfig()
+
+
+# ------------------------------------------------------------------------------------------- loading
+class _StrictLoader(yaml.SafeLoader):
+    """YAML without tags, anchors' merge surprises or duplicate keys, and with 3e-4 read as a number."""
+
+
+def _mapping(loader: _StrictLoader, node: yaml.MappingNode) -> dict[str, Any]:
+    result: dict[str, Any] = {}
+    for key_node, value_node in node.value:
+        key = loader.construct_object(key_node)
+        place = f"{key_node.start_mark.name}:{key_node.start_mark.line + 1}"
+        if not isinstance(key, str):
+            raise ConfigError(f"{place}: key {key!r} is not a name (quote it or remove it)")
+        if key in result:
+            raise ConfigError(f"{place}: {key!r} stands twice (keep one)")
+        result[key] = loader.construct_object(value_node, deep=True)
+    return result
+
+
+def _refuse_tag(loader: _StrictLoader, node: yaml.Node) -> Any:
+    raise ConfigError(f"{node.start_mark.name}:{node.start_mark.line + 1}: tag {node.tag!r} is refused (use plain values)")
+
+
+_StrictLoader.add_constructor("tag:yaml.org,2002:map", _mapping)
+_StrictLoader.add_constructor(None, _refuse_tag)
+# YAML 1.1 reads 3e-4 as text and no/off/yes as booleans; scientific notation is a number here and
+# only true and false are booleans.
+_StrictLoader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:bool"]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_StrictLoader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(?:true|false|True|False)$"), list("tfTF"))
+_StrictLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9][0-9_]*(?:\.[0-9_]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+)
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """The mapping in a YAML file.
+
+    Raises:
+        ConfigError: the file is missing, is not YAML, holds tags or duplicate keys, or no mapping.
+    """
+    path = Path(path)
+    try:
+        with path.open(encoding="utf-8") as file:
+            loaded = yaml.load(file, Loader=_StrictLoader)  # noqa: S506 (a SafeLoader without tags)
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror} (name an existing YAML file)") from error
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        mark = getattr(error, "problem_mark", None)
+        place = f"{path}:{mark.line + 1}" if mark else str(path)
+        raise ConfigError(f"{place}: not readable as YAML: {one_line(getattr(error, 'problem', error), 120)} (mend the file)") from error
+    if loaded is None:
+        return {}
+    if not isinstance(loaded, dict):
+        raise ConfigError(f"{path}: holds {type(loaded).__name__}, not sections (write 'section:' and indented values)")
+    return loaded
+
+
+def merge(base: dict[str, Any], update: dict[str, Any]) -> dict[str, Any]:
+    """``update`` over ``base``, section by section; a section of another ``kind`` replaces the old one."""
+    result = dict(base)
+    for key, value in update.items():
+        old = result.get(key)
+        if isinstance(value, dict) and isinstance(old, dict) and value.get("kind", old.get("kind")) == old.get("kind"):
+            result[key] = merge(old, value)
+        else:
+            result[key] = value
+    return result
+
+
+def parse_overrides(arguments: list[str]) -> dict[str, Any]:
+    """Nested mapping from ``--section.field value`` and ``--section.field=value`` arguments."""
+    result: dict[str, Any] = {}
+    queue = list(arguments)
+    while queue:
+        argument = queue.pop(0)
+        if not argument.startswith("--"):
+            raise ConfigError(f"{argument!r} is not an option (write --section.field value)")
+        name, equals, text = argument[2:].partition("=")
+        if not equals:
+            if not queue:
+                raise ConfigError(f"--{name} needs a value (write --{name} value)")
+            text = queue.pop(0)
+        try:
+            value = yaml.load(text, Loader=_StrictLoader)  # noqa: S506
+        except yaml.YAMLError as error:
+            raise ConfigError(f"--{name}: {text!r} cannot be read (quote it)") from error
+        for part in reversed(name.replace("-", "_").split(".")):
+            value = {part: value}
+        result = merge(result, value)
+    return result
+
+
+def _variants(annotation: Any) -> list[type[Section]]:
+    """The section classes that an annotation allows (none for a plain value)."""
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        return [annotation]
+    if typing.get_origin(annotation) in (Union, types.UnionType, Annotated):
+        return [found for part in typing.get_args(annotation) for found in _variants(part)]
+    return []
+
+
+def _names_at(model: type[Section], path: tuple[str | int, ...]) -> list[str]:
+    """Field names that are allowed where ``path`` (pydantic's error location, tags included) points."""
+    models = [model]
+    for part in path:
+        tagged = [m for m in models if "kind" in m.model_fields and m.model_fields["kind"].default == part]
+        models = tagged or [v for m in models if part in m.model_fields for v in _variants(m.model_fields[part].annotation)]
+    return sorted({name for m in models for name in m.model_fields})
+
+
+def _key_path(model: type[Section], location: tuple[str | int, ...]) -> str:
+    """``location`` as a user writes it: without the tags that pydantic adds for unions."""
+    models, shown = [model], []
+    for part in location:
+        tagged = [m for m in models if "kind" in m.model_fields and m.model_fields["kind"].default == part and part not in m.model_fields]
+        if tagged:
+            models = tagged
+            continue
+        shown.append(str(part))
+        models = [v for m in models if part in m.model_fields for v in _variants(m.model_fields[part].annotation)]
+    # Unions of plain types end in the name of the type that was tried, e.g. ``hidden_dim.constrained-int``.
+    return re.sub(r"\.(constrained-)?(int|float|str|bool|list|tuple|literal|function)[^.]*$", "", ".".join(shown))
+
+
+def validate(model: type[Section], values: dict[str, Any], source: str = "configuration") -> Any:
+    """``model`` filled from ``values``.
+
+    Raises:
+        ConfigError: an unknown key (with the nearest known name), a wrong type, an impossible value.
+    """
+    try:
+        return model.model_validate(values)
+    except pydantic.ValidationError as error:
+        first = error.errors()[0]
+        location, path = first["loc"], _key_path(model, first["loc"])
+        if first["type"] == "extra_forbidden":
+            known = _names_at(model, location[:-1])
+            if str(location[-1]) in ("heads", "num_heads") and "num_subtokens" in known:
+                near = ["num_subtokens"]
+            else:
+                near = difflib.get_close_matches(str(location[-1]), known, n=1, cutoff=0.5)
+            remedy = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
+            raise ConfigError(f"{source}: {path} is not an option ({remedy})") from error
+        if first["type"] == "missing":
+            raise ConfigError(f"{source}: {path} is not set (give it a value)") from error
+        got = one_line(repr(first["input"]), 60)
+        raise ConfigError(f"{source}: {path}: {first['msg'].lower()}, got {got} (change the value)") from error
+
+
+def load(model: type[Section], files: list[str | Path], overrides: list[str] | None = None) -> Any:
+    """The configuration from YAML ``files`` (left to right), then dotted ``overrides``."""
+    values: dict[str, Any] = {}
+    for path in files:
+        values = merge(values, read_yaml(path))
+    values = merge(values, parse_overrides(overrides or []))
+    return validate(model, values, ", ".join(str(f) for f in files) or "command line")
+
+
+def dump(config: Section) -> str:
+    """The whole configuration as YAML that :func:`load` reads back to an equal one."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+
+
+# ---------------------------------------------------------------------------------------------- help
+def _type_name(annotation: Any) -> str:
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is Annotated:
+        return _type_name(arguments[0])
+    if origin is Literal:
+        return "{" + ",".join(map(str, arguments)) + "}"
+    if origin in (Union, types.UnionType):
+        return " | ".join(_type_name(a) for a in arguments)
+    if origin in (list, tuple):
+        return f"[{', '.join('...' if a is Ellipsis else _type_name(a) for a in arguments)}]"
+    return "none" if annotation is type(None) else getattr(annotation, "__name__", str(annotation))
+
+
+def describe(model: type[Section], prefix: str = "") -> str:
+    """Every option of ``model``: name, type, default, meaning; the text of ``--help``."""
+    lines: list[str] = []
+    for name, field in model.model_fields.items():
+        variants = _variants(field.annotation)
+        if variants:
+            for variant in variants:
+                kind = variant.model_fields.get("kind")
+                label = f"--{prefix}{name}.kind {kind.default}" if kind and len(variants) > 1 else f"{prefix}{name}"
+                about = (variant.__doc__ or "").strip().splitlines()
+                lines.append(f"\n{label}" + (f": {about[0]}" if about else ""))
+                lines.append(describe(variant, f"{prefix}{name}."))
+            continue
+        if name == "kind":
+            continue
+        default = "required" if field.is_required() else f"default: {'none' if field.default is None else field.default}"
+        lines.append(f"  --{prefix}{name} {_type_name(field.annotation)}  ({default})")
+        if field.description:
+            lines.append(f"        {field.description}")
+    return "\n".join(lines)

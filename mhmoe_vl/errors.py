@@ -1,0 +1,27 @@
+"""Errors that a user can act on: one line, with the place and the remedy.
+
+The command line prints them as ``error: <message>`` and exits with code 2 (``--debug`` shows the
+traceback). The message reads ``<file>[:<member, path or line>]: <what, with the value> (<what to do>)``.
+"""
+
+
+class MhmoeError(Exception):
+    """Base of every error that the command line shows as a single line."""
+
+
+class ConfigError(MhmoeError, ValueError):
+    """A configuration value is unknown, impossible, or does not fit another one."""
+
+
+class DataError(MhmoeError):
+    """A data file is missing, damaged, or not in the expected format."""
+
+
+class CheckpointError(MhmoeError):
+    """A checkpoint is missing, damaged, or belongs to another model."""
+
+
+def one_line(text: object, limit: int = 300) -> str:
+    """``text`` on a single line, control characters shown escaped, cut at ``limit`` characters."""
+    shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
+    return shown if len(shown) <= limit else shown[: limit - 3] + "..."
