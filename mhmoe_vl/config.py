@@ -21,13 +21,16 @@ from pydantic import ConfigDict, Field, PositiveFloat, PositiveInt
 from .errors import ConfigError, one_line
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
+Pair = Annotated[tuple[PositiveInt, PositiveInt], Field(strict=False)]  # YAML has lists only
 NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
 class Section(pydantic.BaseModel):
     """A part of the configuration; unknown keys are refused and values are not changed later."""
 
-    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, frozen=True, allow_inf_nan=False)
+    model_config = ConfigDict(
+        extra="forbid", use_attribute_docstrings=True, frozen=True, allow_inf_nan=False, strict=True
+    )
 
 
 # ------------------------------------------------------------------------------- feed-forward layers
@@ -51,7 +54,7 @@ class CosineRouterConfig(Section):
     """L2-normalise the projected rows too; off (with a fixed temperature of 1) is the released MH-MoE code's form"""
 
 
-RouterConfig = Annotated[Union[LinearRouterConfig, CosineRouterConfig], Field(discriminator="kind")]
+RouterConfig = Annotated[LinearRouterConfig | CosineRouterConfig, Field(discriminator="kind")]
 
 
 class DenseConfig(Section):
@@ -108,7 +111,7 @@ class MHMoEConfig(MoEConfig):
     """stride of that Conv1d"""
 
 
-FFNConfig = Annotated[Union[DenseConfig, MoEConfig, MHMoEConfig], Field(discriminator="kind")]
+FFNConfig = Annotated[DenseConfig | MoEConfig | MHMoEConfig, Field(discriminator="kind")]
 
 
 class ParityConfig(Section):
@@ -131,14 +134,14 @@ class EncoderConfig(Section):
     depth: PositiveInt = 6
     num_heads: PositiveInt = 3
     """attention heads"""
-    img_size: PositiveInt | tuple[PositiveInt, PositiveInt] = 224
+    img_size: PositiveInt | Pair = 224
     """pixels, or (height, width)"""
     patch_size: PositiveInt = 16
     vocab_size: PositiveInt = 64010
     """rows of the text embedding"""
     max_text_len: PositiveInt = 1022
     """text positions"""
-    modalities: tuple[Literal["image", "text"], ...] = ("image", "text")
+    modalities: Annotated[tuple[Literal["image", "text"], ...], Field(strict=False)] = ("image", "text")
     """branches to build"""
     multiway: Literal["decoupled", "shared_attention", "shared"] = "decoupled"
     """decoupled: everything per modality; shared_attention: FFN per modality; shared: one set of weights"""
@@ -186,7 +189,7 @@ class SentencePieceConfig(Section):
     """a .spm or .model file; ids follow BEiT-3's convention"""
 
 
-TextTokenizerConfig = Annotated[Union[BPEConfig, SentencePieceConfig], Field(discriminator="kind")]
+TextTokenizerConfig = Annotated[BPEConfig | SentencePieceConfig, Field(discriminator="kind")]
 
 
 class AugmentConfig(Section):
@@ -220,6 +223,8 @@ class MaskedModelingConfig(Section):
     """share of text tokens masked in pairs"""
     min_mask_block: PositiveInt = 16
     """smallest block of masked patches on a 14 x 14 grid; scaled with the grid's area"""
+    unigram_samples: PositiveInt = 5000
+    """training samples per stream that the unigram baseline counts"""
 
 
 class PixelTeacherConfig(Section):
@@ -237,7 +242,7 @@ class OpenClipTeacherConfig(Section):
     """open_clip tag or local checkpoint; none means random weights"""
 
 
-TeacherConfig = Annotated[Union[PixelTeacherConfig, OpenClipTeacherConfig], Field(discriminator="kind")]
+TeacherConfig = Annotated[PixelTeacherConfig | OpenClipTeacherConfig, Field(discriminator="kind")]
 
 
 class VisualTokenizerConfig(Section):
@@ -274,7 +279,7 @@ class VisualTokenizerTaskConfig(Section):
     augment: AugmentConfig = AugmentConfig(min_crop=0.08, color_jitter=0.0)
 
 
-TaskConfig = Annotated[Union[MaskedModelingConfig, VisualTokenizerTaskConfig], Field(discriminator="kind")]
+TaskConfig = Annotated[MaskedModelingConfig | VisualTokenizerTaskConfig, Field(discriminator="kind")]
 
 
 # -------------------------------------------------------------------------------------------- engine
@@ -285,7 +290,7 @@ class OptimConfig(Section):
     warmup_steps: int = Field(0, ge=0)
     schedule: Literal["cosine", "linear"] = "cosine"
     """decay after the warm-up, down to min_lr at the last step"""
-    betas: tuple[Fraction, Fraction] = (0.9, 0.98)
+    betas: Annotated[tuple[Fraction, Fraction], Field(strict=False)] = (0.9, 0.98)
     eps: PositiveFloat = 1e-6
     weight_decay: NonNegativeFloat = 0.05
     layer_decay: Annotated[float, Field(gt=0, le=1)] = 1.0
@@ -345,6 +350,12 @@ class RunConfig(Section):
     train: TrainConfig = TrainConfig()
 
 
+def run_config(kind: str) -> type[RunConfig]:
+    """:class:`RunConfig` with the one kind of task that a tool trains."""
+    [task] = [v for v in variants(TaskConfig) if v.model_fields["kind"].default == kind]
+    return pydantic.create_model("RunConfig", __base__=RunConfig, task=(task, RunConfig.model_fields["task"]))
+
+
 # ------------------------------------------------------------------------------------------- loading
 class _StrictLoader(yaml.SafeLoader):
     """YAML without tags, anchors' merge surprises or duplicate keys, and with 3e-4 read as a number."""
@@ -364,7 +375,9 @@ def _mapping(loader: _StrictLoader, node: yaml.MappingNode) -> dict[str, Any]:
 
 
 def _refuse_tag(loader: _StrictLoader, node: yaml.Node) -> Any:
-    raise ConfigError(f"{node.start_mark.name}:{node.start_mark.line + 1}: tag {node.tag!r} is refused (use plain values)")
+    raise ConfigError(
+        f"{node.start_mark.name}:{node.start_mark.line + 1}: tag {node.tag!r} is refused (use plain values)"
+    )
 
 
 _StrictLoader.add_constructor("tag:yaml.org,2002:map", _mapping)
@@ -396,7 +409,9 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         mark = getattr(error, "problem_mark", None)
         place = f"{path}:{mark.line + 1}" if mark else str(path)
-        raise ConfigError(f"{place}: not readable as YAML: {one_line(getattr(error, 'problem', error), 120)} (mend the file)") from error
+        raise ConfigError(
+            f"{place}: not readable as YAML: {one_line(getattr(error, 'problem', error), 120)} (mend the file)"
+        ) from error
     if loaded is None:
         return {}
     if not isinstance(loaded, dict):
@@ -439,36 +454,30 @@ def parse_overrides(arguments: list[str]) -> dict[str, Any]:
     return result
 
 
-def _variants(annotation: Any) -> list[type[Section]]:
+def variants(annotation: Any) -> list[type[Section]]:
     """The section classes that an annotation allows (none for a plain value)."""
     if isinstance(annotation, type) and issubclass(annotation, Section):
         return [annotation]
     if typing.get_origin(annotation) in (Union, types.UnionType, Annotated):
-        return [found for part in typing.get_args(annotation) for found in _variants(part)]
+        return [found for part in typing.get_args(annotation) for found in variants(part)]
     return []
 
 
-def _names_at(model: type[Section], path: tuple[str | int, ...]) -> list[str]:
-    """Field names that are allowed where ``path`` (pydantic's error location, tags included) points."""
-    models = [model]
-    for part in path:
-        tagged = [m for m in models if "kind" in m.model_fields and m.model_fields["kind"].default == part]
-        models = tagged or [v for m in models if part in m.model_fields for v in _variants(m.model_fields[part].annotation)]
-    return sorted({name for m in models for name in m.model_fields})
+def _walk(model: type[Section], location: tuple[str | int, ...]) -> tuple[list[type[Section]], str]:
+    """The sections that pydantic's error ``location`` ends in, and the location as a user writes it.
 
-
-def _key_path(model: type[Section], location: tuple[str | int, ...]) -> str:
-    """``location`` as a user writes it: without the tags that pydantic adds for unions."""
+    pydantic adds the tag of a union's variant (``ffn.mh_moe.top_k``) and, at the end, the type that was tried.
+    """
     models, shown = [model], []
     for part in location:
-        tagged = [m for m in models if "kind" in m.model_fields and m.model_fields["kind"].default == part and part not in m.model_fields]
+        tagged = [m for m in models if "kind" in m.model_fields and m.model_fields["kind"].default == part]
         if tagged:
             models = tagged
             continue
         shown.append(str(part))
-        models = [v for m in models if part in m.model_fields for v in _variants(m.model_fields[part].annotation)]
-    # Unions of plain types end in the name of the type that was tried, e.g. ``hidden_dim.constrained-int``.
-    return re.sub(r"\.(constrained-)?(int|float|str|bool|list|tuple|literal|function)[^.]*$", "", ".".join(shown))
+        models = [v for m in models if part in m.model_fields for v in variants(m.model_fields[part].annotation)]
+    tried = r"\.(constrained-)?(int|float|str|bool|list|tuple|literal|function)[^.]*$"
+    return models, re.sub(tried, "", ".".join(shown))
 
 
 def validate(model: type[Section], values: dict[str, Any], source: str = "configuration") -> Any:
@@ -481,9 +490,9 @@ def validate(model: type[Section], values: dict[str, Any], source: str = "config
         return model.model_validate(values)
     except pydantic.ValidationError as error:
         first = error.errors()[0]
-        location, path = first["loc"], _key_path(model, first["loc"])
+        location, (_, path) = first["loc"], _walk(model, first["loc"])
         if first["type"] == "extra_forbidden":
-            known = _names_at(model, location[:-1])
+            known = sorted({name for m in _walk(model, location[:-1])[0] for name in m.model_fields})
             if str(location[-1]) in ("heads", "num_heads") and "num_subtokens" in known:
                 near = ["num_subtokens"]
             else:
@@ -524,23 +533,35 @@ def _type_name(annotation: Any) -> str:
     return "none" if annotation is type(None) else getattr(annotation, "__name__", str(annotation))
 
 
-def describe(model: type[Section], prefix: str = "") -> str:
-    """Every option of ``model``: name, type, default, meaning; the text of ``--help``."""
-    lines: list[str] = []
+def describe(model: type[Section], prefix: str = "", base: type[Section] | None = None) -> str:
+    """Every option of ``model``: name, type, default, meaning; the text of ``--help``.
+
+    Plain values come before sections. A variant that extends another (``base``) shows what it adds or changes.
+    """
+    plain, sections = [], []
     for name, field in model.model_fields.items():
-        variants = _variants(field.annotation)
-        if variants:
-            for variant in variants:
-                kind = variant.model_fields.get("kind")
-                label = f"--{prefix}{name}.kind {kind.default}" if kind and len(variants) > 1 else f"{prefix}{name}"
-                about = (variant.__doc__ or "").strip().splitlines()
-                lines.append(f"\n{label}" + (f": {about[0]}" if about else ""))
-                lines.append(describe(variant, f"{prefix}{name}."))
+        known = base.model_fields.get(name) if base else None
+        if name == "kind" or (known is not None and known.default == field.default):
             continue
-        if name == "kind":
+        choices = variants(field.annotation)
+        if choices:
+            sections += [_describe_variant(choice, choices, f"{prefix}{name}") for choice in choices]
             continue
-        default = "required" if field.is_required() else f"default: {'none' if field.default is None else field.default}"
-        lines.append(f"  --{prefix}{name} {_type_name(field.annotation)}  ({default})")
+        default = (
+            "required" if field.is_required() else f"default: {'none' if field.default is None else field.default}"
+        )
+        plain.append(f"  --{prefix}{name} {_type_name(field.annotation)}  ({default})")
         if field.description:
-            lines.append(f"        {field.description}")
-    return "\n".join(lines)
+            plain.append(f"        {field.description}")
+    return "\n".join(plain + sections)
+
+
+def _describe_variant(variant: type[Section], choices: list[type[Section]], path: str) -> str:
+    kind = variant.model_fields.get("kind")
+    base = next((c for c in choices if c is not variant and issubclass(variant, c)), None)
+    title = f"--{path}.kind {kind.default}" if kind and len(choices) > 1 else path
+    if base:
+        title += f": as {base.model_fields['kind'].default}, and"
+    elif variant.__doc__:
+        title += f": {variant.__doc__.strip().splitlines()[0]}"
+    return f"\n{title}\n{describe(variant, f'{path}.', base)}"

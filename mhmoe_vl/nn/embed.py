@@ -1,0 +1,100 @@
+"""Tokens from pixels and from text ids, with learned absolute positions."""
+
+from __future__ import annotations
+
+import torch
+from timm.layers import resample_abs_pos_embed
+from torch import Tensor, nn
+
+from ..errors import ConfigError
+
+_STD = 0.02
+
+
+def resize_positions(positions: Tensor, grid: tuple[int, int], old_grid: tuple[int, int]) -> Tensor:
+    """Image positions ``(1, 1 + P, D)`` for another grid of patches; the class token's stays (timm, bicubic)."""
+    return resample_abs_pos_embed(positions, list(grid), list(old_grid))
+
+
+class ImageEmbedding(nn.Module):
+    """Patches by a strided convolution, masked ones replaced, a class token first, positions added last.
+
+    Args:
+        embed_dim: token width D.
+        img_size: (height, width) in pixels that the positions are stored for.
+        patch_size: side of a patch in pixels.
+
+    Raises:
+        ConfigError: the image size is no multiple of the patch size.
+    """
+
+    def __init__(self, embed_dim: int, *, img_size: tuple[int, int], patch_size: int) -> None:
+        super().__init__()
+        self.patch_size = patch_size
+        self.grid = self.grid_of(*img_size)
+        self.proj = nn.Conv2d(3, embed_dim, patch_size, patch_size)
+        self.cls_token = nn.Parameter(torch.empty(1, 1, embed_dim))
+        self.mask_token = nn.Parameter(torch.empty(1, 1, embed_dim))
+        self.pos_embed = nn.Parameter(torch.empty(1, 1 + self.grid[0] * self.grid[1], embed_dim))
+        for parameter in (self.proj.weight, self.cls_token, self.mask_token, self.pos_embed):
+            nn.init.trunc_normal_(parameter, std=_STD)
+        nn.init.zeros_(self.proj.bias)
+
+    def grid_of(self, height: int, width: int) -> tuple[int, int]:
+        """Rows and columns of patches in an image.
+
+        Raises:
+            ConfigError: a side is no multiple of the patch size.
+        """
+        if height % self.patch_size or width % self.patch_size:
+            raise ConfigError(
+                f"img_size: {height} x {width} pixels are not whole patches of {self.patch_size} (choose multiples)"
+            )
+        return height // self.patch_size, width // self.patch_size
+
+    def forward(self, images: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Tokens ``(I, 1 + P, D)``, class token first.
+
+        Args:
+            images: ``(I, 3, H, W)``, normalised; any multiple of the patch size, positions are resized to it.
+            mask: ``(I, P)`` bool, patches that the mask token replaces.
+        """
+        grid = self.grid_of(*images.shape[-2:])
+        patches = self.proj(images).flatten(2).transpose(1, 2)
+        if mask is not None:
+            patches = torch.where(mask.unsqueeze(-1), self.mask_token.to(patches.dtype), patches)
+        tokens = torch.cat([self.cls_token.expand(len(images), -1, -1).to(patches.dtype), patches], dim=1)
+        return tokens + resize_positions(self.pos_embed, grid, self.grid)
+
+
+class TextEmbedding(nn.Module):
+    """Rows of a table plus positions; padding becomes zero vectors, as in torchscale.
+
+    Args:
+        embed_dim: token width D.
+        vocab_size: rows of the table.
+        max_text_len: positions.
+    """
+
+    def __init__(self, embed_dim: int, *, vocab_size: int, max_text_len: int) -> None:
+        super().__init__()
+        self.tokens = nn.Embedding(vocab_size, embed_dim)
+        self.pos_embed = nn.Parameter(torch.empty(1, max_text_len, embed_dim))
+        nn.init.trunc_normal_(self.tokens.weight, std=_STD)
+        nn.init.trunc_normal_(self.pos_embed, std=_STD)
+
+    def forward(self, text: Tensor, padding: Tensor | None = None) -> Tensor:
+        """Tokens ``(T, L, D)``.
+
+        Args:
+            text: ``(T, L)`` int64 ids.
+            padding: ``(T, L)`` bool, True = padding.
+
+        Raises:
+            ConfigError: the text is longer than there are positions.
+        """
+        length, limit = text.shape[1], self.pos_embed.shape[1]
+        if length > limit:
+            raise ConfigError(f"max_text_len: a text of {length} tokens for {limit} positions (shorten it)")
+        tokens = self.tokens(text) + self.pos_embed[:, :length]
+        return tokens if padding is None else tokens.masked_fill(padding.unsqueeze(-1), 0.0)

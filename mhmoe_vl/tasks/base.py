@@ -1,0 +1,83 @@
+"""What a task is: data, model, loss, predictions, score. The engine knows tasks by this protocol only."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, NamedTuple, Protocol
+
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+Record = dict[str, Any]
+"""One prediction: JSON values under the official key names, with a unique ``id``."""
+
+Batch = Any
+"""A task's own batch: a dataclass with ``bad: dict[str, int]`` (samples left out, by reason)."""
+
+
+class ModelOutput(NamedTuple):
+    """What a task's model returns.
+
+    Attributes:
+        values: the task's own tensors, by name.
+        aux_losses: ``balance_loss`` and ``z_loss`` of the encoder, combined over ranks; empty when dense.
+        stats: ``RoutingStats`` by the name of the pool of experts.
+    """
+
+    values: dict[str, Tensor]
+    aux_losses: dict[str, Tensor]
+    stats: dict[str, Any]
+
+
+class InputSpec(NamedTuple):
+    """What data must look like to fit the encoder: pixels (height, width), pixels, tokens, rows."""
+
+    img_size: tuple[int, int]
+    patch_size: int
+    max_text_len: int
+    vocab_size: int
+
+
+class Task(Protocol):
+    """A thing to learn. Everything that is particular to it lives in its file.
+
+    Attributes:
+        metric: key of :meth:`score` that selects the best checkpoint.
+        higher_is_better: direction of that key.
+    """
+
+    metric: str
+    higher_is_better: bool
+
+    def dataset(self, split: str) -> Dataset | Iterable[Batch]:
+        """``"train"``: maps a step number to the list of this rank's batches for that step (one per accumulated
+        part). ``"val"``: iterable of this rank's share of the validation batches, every sample once over all ranks."""
+        ...
+
+    def model(self, encoder: nn.Module | None) -> nn.Module:
+        """The module to train; ``forward(batch) -> ModelOutput``."""
+        ...
+
+    def prepare(self, batch: Batch, device: Any) -> Batch:
+        """``batch`` on ``device``, pictures normalised, targets of frozen models filled in."""
+        ...
+
+    def num_targets(self, batch: Batch) -> dict[str, int]:
+        """How many targets each term of :meth:`loss` sums over in this batch."""
+        ...
+
+    def loss(self, output: ModelOutput, batch: Batch) -> dict[str, Tensor]:
+        """Each term *summed* over its targets. The engine divides by the targets of all ranks and parts."""
+        ...
+
+    def predict(self, model: nn.Module, batch: Batch) -> list[Record]:
+        """One record per example, from a prepared batch."""
+        ...
+
+    def score(self, records: list[Record]) -> dict[str, float]:
+        """Pure; called once, on the records of the whole split sorted by id."""
+        ...
+
+    def baselines(self, device: Any) -> dict[str, float]:
+        """Scores that need no model, under keys of :meth:`score`, to print beside the model's own."""
+        ...

@@ -1,0 +1,469 @@
+"""Masked prediction on images, texts and image-text pairs: the pre-training task.
+
+One objective on three streams, each of which may be absent (BEiT-3, sections 2.2 and 2.3): block-wise masked
+patches are predicted as codes of a frozen visual tokenizer, masked text pieces as themselves. In pairs more text is
+masked than in texts alone, so that the picture has to be read. A masked piece is always replaced by the mask token:
+the papers do not say whether they keep or exchange some, as BERT does.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from itertools import chain
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .. import distributed
+from ..data.loader import StepDataset, eval_batches, sample_at
+from ..data.masking import block_mask, text_mask
+from ..data.shards import BadSample, Sample, ShardSet, expand_shards
+from ..data.text import create_text_tokenizer
+from ..data.transforms import ImageTransform
+from ..errors import ConfigError
+from ..models.encoder import Encoder
+from ..models.visual_tokenizer import load_visual_tokenizer
+from .base import InputSpec, ModelOutput, Record
+
+STREAMS = ("images", "texts", "pairs")
+TERMS = (
+    ("images", "images", "image_mask"),
+    ("texts", "texts", "text_mask"),
+    ("pairs_image", "pairs", "image_mask"),
+    ("pairs_text", "pairs", "text_mask"),
+)
+"""The four predictions, each with its stream and its mask: codes of pictures alone, pieces of texts alone, and both
+in pairs."""
+
+
+@dataclass(frozen=True)
+class MaskedBatch:
+    """Pictures of the image stream, then of the pairs; texts of the text stream, then of the pairs.
+
+    Attributes:
+        images: ``(I, 3, H, W)`` uint8, after ``prepare`` normalised float.
+        tokenizer_images: the same crops at the tokenizer's size, uint8.
+        image_mask: ``(I, P)`` bool, True where a patch is hidden.
+        image_positions: ``(M,)`` the hidden patches as indices into ``(I * P)``, by picture.
+        image_targets: ``(M,)`` codes to predict; filled by ``prepare``.
+        text: ``(T, L)`` ids with the mask token in place.
+        text_padding: ``(T, L)`` bool, True at padding.
+        text_positions: ``(M',)`` the hidden pieces as indices into ``(T * L)``, by text.
+        text_targets: ``(M',)`` ids to predict.
+        num_pairs: how many of the last pictures belong, in order, to as many last texts.
+        samples: by term, the sample of its stream that each hidden position belongs to.
+        ids: per stream, one id a sample.
+        bad: samples left out, by reason.
+    """
+
+    images: Tensor | None = None
+    tokenizer_images: Tensor | None = None
+    image_mask: Tensor | None = None
+    image_positions: Tensor | None = None
+    image_targets: Tensor | None = None
+    text: Tensor | None = None
+    text_padding: Tensor | None = None
+    text_positions: Tensor | None = None
+    text_targets: Tensor | None = None
+    num_pairs: int = 0
+    samples: dict[str, Tensor] = field(default_factory=dict)
+    ids: dict[str, list[str]] = field(default_factory=dict)
+    bad: dict[str, int] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return sum(len(ids) for ids in self.ids.values())
+
+    def terms(self) -> Iterator[tuple[str, str, slice]]:
+        """``(term, "image" or "text", its rows among the logits)`` of every term with targets."""
+        for kind, alone in (("image", "images"), ("text", "texts")):
+            first = 0
+            for term in (alone, f"pairs_{kind}"):
+                count = len(self.samples.get(term, ()))
+                if count:
+                    yield term, kind, slice(first, first + count)
+                first += count
+
+
+class MaskedModelingModel(nn.Module):
+    """Encoder with a text head and an image head that read masked positions only.
+
+    ``mlm_head`` scores text pieces, ``mim_head`` scores visual codes; both are one biased linear layer and carry the
+    names of the published checkpoints. Leaving the other positions out of a head with 64,010 outputs saves most of
+    its cost.
+
+    Args:
+        encoder: gives features for images and texts.
+        num_codes: entries of the visual codebook; none when no stream has pictures.
+    """
+
+    def __init__(self, encoder: Encoder, *, num_codes: int | None) -> None:
+        super().__init__()
+        self.encoder = encoder
+        if "text" in encoder.modalities:
+            self.mlm_head = _head(encoder.embed_dim, encoder.vocab_size)
+        if num_codes is not None:
+            self.mim_head = _head(encoder.embed_dim, num_codes)
+
+    def forward(self, batch: MaskedBatch) -> ModelOutput:
+        """``image_logits (M, num_codes)`` and ``text_logits (M', vocab_size)`` at the masked positions."""
+        features = self.encoder(
+            batch.images,
+            batch.text,
+            text_padding=batch.text_padding,
+            image_mask=batch.image_mask,
+            num_pairs=batch.num_pairs,
+        )
+        logits = {}
+        if batch.images is not None:
+            patches = features.image[:, 1:].flatten(0, 1)
+            logits["image_logits"] = self.mim_head(patches.index_select(0, batch.image_positions))
+        if batch.text is not None:
+            logits["text_logits"] = self.mlm_head(features.text.flatten(0, 1).index_select(0, batch.text_positions))
+        stats = dict(zip(self.encoder.moe_names, features.stats, strict=True))
+        return ModelOutput(logits, features.aux_losses, stats)
+
+    def no_weight_decay(self) -> set[str]:
+        """Parameters that the optimizer should not shrink."""
+        return {f"encoder.{name}" for name in self.encoder.no_weight_decay()}
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """The encoder's layer groups, for layer-wise learning rates; the heads belong to the last one."""
+        return {name: _below_encoder(group) for name, group in self.encoder.group_matcher(coarse).items()}
+
+
+def _head(dim: int, num_outputs: int) -> nn.Linear:
+    head = nn.Linear(dim, num_outputs)
+    nn.init.trunc_normal_(head.weight, std=0.02)
+    nn.init.zeros_(head.bias)
+    return head
+
+
+def _below_encoder(group: Any) -> Any:
+    """timm's group patterns, anchored at ``encoder.`` instead of the start of the name."""
+    if isinstance(group, str):
+        return group.replace("^", r"^encoder\.")
+    return type(group)(map(_below_encoder, group)) if isinstance(group, (list, tuple)) else group
+
+
+class MaskedModeling:
+    """The pre-training task; see the module's docstring.
+
+    Args:
+        inputs: sizes that the encoder expects.
+        seed: of data order, crops and masks.
+        accumulate: parts that a step's batch is split into.
+        others: the fields of the ``task`` section, in plain values.
+
+    Raises:
+        ConfigError: no stream is given, sizes do not fit together, or shards are not found.
+    """
+
+    metric = "perplexity"
+    higher_is_better = False
+
+    def __init__(
+        self,
+        inputs: InputSpec,
+        *,
+        seed: int,
+        accumulate: int,
+        visual_tokenizer: str | None,
+        data_dir: str,
+        images: Mapping[str, Any] | None,
+        texts: Mapping[str, Any] | None,
+        pairs: Mapping[str, Any] | None,
+        text_tokenizer: Mapping[str, Any],
+        augment: Mapping[str, Any],
+        image_mask_ratio: float,
+        text_mask_ratio: float,
+        pair_text_mask_ratio: float,
+        min_mask_block: int,
+        unigram_samples: int,
+    ) -> None:
+        self.inputs, self.seed, self.accumulate, self.data_dir = inputs, seed, accumulate, data_dir
+        self.streams = {name: given for name, given in zip(STREAMS, (images, texts, pairs), strict=True) if given}
+        if not self.streams:
+            raise ConfigError("task: no data (set task.images, task.texts or task.pairs)")
+        self.unigram_samples = unigram_samples
+        self.text_mask_ratio = {"texts": text_mask_ratio, "pairs": pair_text_mask_ratio}
+        self.grid = (inputs.img_size[0] // inputs.patch_size, inputs.img_size[1] // inputs.patch_size)
+        num_patches = math.prod(self.grid)
+        self.num_masked = round(image_mask_ratio * num_patches)
+        self.min_block = max(1, round(min_mask_block * num_patches / 196))
+        self.tokenizer = create_text_tokenizer(**text_tokenizer)
+        if self.tokenizer.vocab_size > inputs.vocab_size:
+            raise ConfigError(
+                f"encoder.vocab_size: {inputs.vocab_size} rows for a tokenizer of {self.tokenizer.vocab_size} pieces"
+                f" (set it to {self.tokenizer.vocab_size})"
+            )
+        self.visual_tokenizer = None
+        second_size = None
+        if "images" in self.streams or "pairs" in self.streams:
+            self.visual_tokenizer = self._load_visual_tokenizer(visual_tokenizer)
+            second_size = (self.visual_tokenizer.img_size, self.visual_tokenizer.img_size)
+        second_size = None if second_size == inputs.img_size else second_size
+        self.train_pictures = ImageTransform(inputs.img_size, second_size=second_size, train=True, **augment)
+        self.val_pictures = ImageTransform(inputs.img_size, second_size=second_size, train=False)
+        for name in self.streams:
+            self._source(name, "train")
+            self._source(name, "val")
+
+    def _load_visual_tokenizer(self, path: str | None) -> nn.Module:
+        if path is None:
+            raise ConfigError(
+                "task.visual_tokenizer: not set, but a stream has pictures"
+                " (train one with tools/train_visual_tokenizer.py and name its run folder)"
+            )
+        tokenizer = load_visual_tokenizer(path).eval().requires_grad_(False)
+        side = tokenizer.img_size // tokenizer.patch_size
+        if self.grid != (side, side):
+            raise ConfigError(
+                f"task.visual_tokenizer: {path} codes {side} x {side} patches, the encoder sees"
+                f" {self.grid[0]} x {self.grid[1]} (choose encoder.img_size and encoder.patch_size to match)"
+            )
+        return tokenizer
+
+    # ------------------------------------------------------------------------------------------ data
+    def _source(self, stream: str, split: str) -> ShardSet | None:
+        shards = self.streams[stream][split]
+        return ShardSet(expand_shards(shards, self.data_dir)) if shards else None
+
+    def dataset(self, split: str) -> StepDataset | Iterable[MaskedBatch]:
+        """Training batches by step, or this rank's share of the validation batches, stream by stream."""
+        rank, world = distributed.rank(), distributed.world_size()
+        if split == "train":
+            streams = {
+                name: (self._source(name, "train"), given["batch_size"], self._example(name, train=True))
+                for name, given in self.streams.items()
+            }
+            return StepDataset(
+                streams, self.collate, seed=self.seed, accumulate=self.accumulate, rank=rank, world=world
+            )
+        return list(self._val_batches(rank, world))
+
+    def _val_batches(self, rank: int, world: int) -> Iterator[MaskedBatch]:
+        for name, given in self.streams.items():
+            source = self._source(name, "val")
+            if source is not None:
+                yield from eval_batches(
+                    source,
+                    self._example(name, train=False),
+                    batch_size=given["batch_size"],
+                    rank=rank,
+                    world=world,
+                    collate=lambda examples, name=name: self.collate({name: examples}),
+                )
+
+    def _example(self, stream: str, *, train: bool) -> Callable[[Sample, np.random.Generator], dict[str, Any]]:
+        return _Example(self, stream, train)
+
+    def collate(
+        self, examples: Mapping[str, list[dict[str, Any]]], bad: Mapping[str, int] | None = None
+    ) -> MaskedBatch:
+        """One batch from the examples of each stream, image and text parts joined with those of the pairs."""
+        images = list(chain(examples.get("images", ()), examples.get("pairs", ())))
+        texts = list(chain(examples.get("texts", ()), examples.get("pairs", ())))
+        fields: dict[str, Any] = {}
+        if images:
+            mask = torch.from_numpy(np.stack([e["image_mask"] for e in images]))
+            fields.update(
+                images=torch.stack([e["pictures"][0] for e in images]),
+                tokenizer_images=torch.stack([e["pictures"][-1] for e in images]),
+                image_mask=mask,
+                image_positions=mask.flatten().nonzero().flatten(),
+            )
+        if texts:
+            fields.update(self._collate_texts(texts))
+        samples = {
+            term: torch.from_numpy(np.repeat(np.arange(len(found)), [int(e[mask].sum()) for e in found]))
+            for term, stream, mask in TERMS
+            if (found := examples.get(stream))
+        }
+        ids = {name: [e["id"] for e in found] for name, found in examples.items()}
+        num_pairs = len(examples.get("pairs", ()))
+        return MaskedBatch(**fields, num_pairs=num_pairs, samples=samples, ids=ids, bad=dict(bad or {}))
+
+    def _collate_texts(self, texts: list[dict[str, Any]]) -> dict[str, Tensor]:
+        length = max(len(e["text"]) for e in texts)
+        ids = np.full((len(texts), length), self.tokenizer.pad_id, dtype=np.int64)
+        padding, mask = np.ones_like(ids, dtype=bool), np.zeros_like(ids, dtype=bool)
+        for row, example in enumerate(texts):
+            n = len(example["text"])
+            ids[row, :n], padding[row, :n], mask[row, :n] = example["text"], False, example["text_mask"]
+        return {
+            "text": torch.from_numpy(np.where(mask, self.tokenizer.mask_id, ids)),
+            "text_padding": torch.from_numpy(padding),
+            "text_positions": torch.from_numpy(np.flatnonzero(mask)),
+            "text_targets": torch.from_numpy(ids[mask]),
+        }
+
+    # ----------------------------------------------------------------------------------------- model
+    def model(self, encoder: Encoder) -> MaskedModelingModel:
+        return MaskedModelingModel(encoder, num_codes=self.visual_tokenizer and self.visual_tokenizer.num_codes)
+
+    def prepare(self, batch: MaskedBatch, device: torch.device) -> MaskedBatch:
+        """``batch`` on ``device``, pictures in [-1, 1], codes looked up by the frozen tokenizer."""
+        moved = {name: value.to(device) for name, value in vars(batch).items() if isinstance(value, Tensor)}
+        if batch.images is not None:
+            tokenizer = self.visual_tokenizer.to(device)
+            with torch.no_grad():
+                codes = tokenizer.tokenize(moved.pop("tokenizer_images").float() / 255)
+            moved["image_targets"] = codes.flatten().index_select(0, moved["image_positions"])
+            moved["images"] = moved["images"].float() / 127.5 - 1
+        return replace(batch, **moved)
+
+    def num_targets(self, batch: MaskedBatch) -> dict[str, int]:
+        return {term: len(batch.samples.get(term, ())) for term in self.terms}
+
+    def loss(self, output: ModelOutput, batch: MaskedBatch) -> dict[str, Tensor]:
+        """Cross-entropy of each of :data:`TERMS`, summed over its masked positions."""
+        kinds = {kind for _, kind, _ in batch.terms()}
+        rows = {
+            kind: F.cross_entropy(
+                output.values[f"{kind}_logits"].float(), getattr(batch, f"{kind}_targets"), reduction="none"
+            )
+            for kind in kinds
+        }
+        return {term: rows[kind][chosen].sum() for term, kind, chosen in batch.terms()}
+
+    # ------------------------------------------------------------------------------------ evaluation
+    def predict(self, model: nn.Module, batch: MaskedBatch) -> list[Record]:
+        """Per sample and term: summed loss in nats, right predictions, masked positions."""
+        output = model(batch)
+        results = {}
+        for term, kind, chosen in batch.terms():
+            logits, targets = output.values[f"{kind}_logits"][chosen], getattr(batch, f"{kind}_targets")[chosen]
+            loss = F.cross_entropy(logits.float(), targets, reduction="none")
+            results[term] = (loss, logits.argmax(-1) == targets)
+        return _records(batch, results)
+
+    def score(self, records: list[Record]) -> dict[str, float]:
+        """Perplexity and accuracy of each term; ``perplexity`` is the exponent of the terms' mean loss."""
+        totals: dict[str, np.ndarray] = defaultdict(lambda: np.zeros(3))
+        for record in records:
+            for term, sums in record["terms"].items():
+                totals[term] += sums
+        present = [term for term, _, _ in TERMS if term in totals]
+        if not present:
+            return {}
+        losses = {term: totals[term][0] / totals[term][2] for term in present}
+        scores = {f"perplexity/{term}": math.exp(loss) for term, loss in losses.items()}
+        scores |= {f"accuracy/{term}": totals[term][1] / totals[term][2] for term in present}
+        scores["perplexity"] = math.exp(sum(losses.values()) / len(losses))
+        scores["accuracy"] = sum(totals[term][1] for term in present) / sum(totals[term][2] for term in present)
+        return scores
+
+    def baselines(self, device: torch.device) -> dict[str, float]:
+        """Perplexities of guessing by frequency alone: of codes and of pieces in the training data, one added to
+        each count, at the masked validation positions."""
+        frequencies = {term: self._log_frequencies(term, device) for term in self.terms}
+        records: list[Record] = []
+        for batch in self.dataset("val"):
+            batch = self.prepare(batch, device)
+            results = {}
+            for term, kind, chosen in batch.terms():
+                targets, scores = getattr(batch, f"{kind}_targets")[chosen], frequencies[term]
+                results[term] = (-scores[targets], targets == scores.argmax())
+            records += _records(batch, results)
+        return self.score(distributed.gather_records(records))
+
+    @property
+    def terms(self) -> list[str]:
+        """The terms of the streams that are given."""
+        return [term for term, stream, _ in TERMS if stream in self.streams]
+
+    def _log_frequencies(self, term: str, device: torch.device) -> Tensor:
+        stream = term.split("_")[0]
+        is_text = term in ("texts", "pairs_text")
+        size = self.tokenizer.vocab_size if is_text else self.visual_tokenizer.num_codes
+        counts = torch.ones(size, dtype=torch.float64)
+        for sample in self._first_samples(stream):
+            if is_text:
+                special = (self.tokenizer.bos_id, self.tokenizer.eos_id)
+                found = Counter(i for text in texts_of(sample) for i in self.tokenizer.encode(text) if i not in special)
+                ids, times = torch.tensor(list(found)), torch.tensor(list(found.values()), dtype=torch.float64)
+            else:
+                picture = self.val_pictures(image_of(sample), np.random.default_rng(0))[-1]
+                self.visual_tokenizer.to(device)
+                ids = self.visual_tokenizer.tokenize(picture[None].to(device).float() / 255).flatten().cpu()
+                times = torch.ones(len(ids), dtype=torch.float64)
+            counts.index_add_(0, ids, times)
+        return (counts / counts.sum()).log().float().to(device)
+
+    def _first_samples(self, stream: str) -> Iterator[Sample]:
+        """The first samples of the training order: every sample of a small set, a fair draw of a large one."""
+        source = self._source(stream, "train")
+        for position in range(min(len(source), self.unigram_samples)):
+            _, index = sample_at(source.sizes, self.seed, position)
+            try:
+                sample = source[index]
+                texts_of(sample) if stream == "texts" else image_of(sample)
+            except BadSample:
+                continue
+            yield sample
+
+
+class _Example:
+    """From a raw sample to a training example; a class, so that data workers can be sent it."""
+
+    def __init__(self, task: MaskedModeling, stream: str, train: bool) -> None:
+        self.task, self.stream, self.train = task, stream, train
+
+    def __call__(self, sample: Sample, rng: np.random.Generator) -> dict[str, Any]:
+        task = self.task
+        example: dict[str, Any] = {"id": f"{self.stream}/{sample.index:09d}"}
+        if self.stream != "texts":
+            pictures = task.train_pictures if self.train else task.val_pictures
+            example["pictures"] = pictures(image_of(sample), rng)
+            example["image_mask"] = block_mask(*task.grid, task.num_masked, task.min_block, rng).reshape(-1)
+        if self.stream != "images":
+            texts = texts_of(sample)
+            ids = task.tokenizer.encode(texts[rng.integers(len(texts))] if self.train else texts[0])
+            ids = np.asarray([*ids[:-1][: task.inputs.max_text_len - 1], ids[-1]])
+            special = (ids == task.tokenizer.bos_id) | (ids == task.tokenizer.eos_id)
+            example["text"] = ids
+            example["text_mask"] = text_mask(special, task.text_mask_ratio[self.stream], rng)
+        return example
+
+
+def image_of(sample: Sample) -> bytes:
+    """The sample's encoded picture.
+
+    Raises:
+        BadSample: it has none.
+    """
+    for extension in ("jpg", "jpeg", "png", "webp"):
+        if extension in sample.members:
+            return sample.members[extension]
+    raise BadSample(sample.shard, sample.key, "missing member", "no jpg, jpeg, png or webp")
+
+
+def texts_of(sample: Sample) -> list[str]:
+    """The sample's texts: ``captions`` of its json when given, else its txt.
+
+    Raises:
+        BadSample: there is none, or it is empty.
+    """
+    texts = sample.json().get("captions") or [sample.text()]
+    texts = [text.strip() for text in texts if text.strip()]
+    if not texts:
+        raise BadSample(sample.shard, sample.key, "empty caption", "txt holds white space only")
+    return texts
+
+
+def _records(batch: MaskedBatch, results: dict[str, tuple[Tensor, Tensor]]) -> list[Record]:
+    """One record a sample from ``(loss, right)`` of every masked position of each term."""
+    records: dict[str, Record] = {}
+    for term, (loss, right) in results.items():
+        ids = batch.ids[term.split("_")[0]]
+        values = torch.stack([loss.double(), right.double(), torch.ones_like(loss, dtype=torch.float64)], 1).cpu()
+        sums = torch.zeros(len(ids), 3, dtype=torch.float64).index_add_(0, batch.samples[term], values)
+        for identity, numbers in zip(ids, sums.tolist(), strict=True):
+            records.setdefault(identity, {"id": identity, "terms": {}})["terms"][term] = numbers
+    return list(records.values())
