@@ -258,7 +258,7 @@ class VisualTokenizerConfig(Section):
     decoder_num_heads: PositiveInt = 12
     num_codes: PositiveInt = 8192
     code_dim: PositiveInt = 32
-    target_dim: PositiveInt = 512
+    target_dim: PositiveInt = 768
     """width of the teacher's features (3 * patch_size**2 for pixels)"""
     ema_decay: Fraction = 0.99
     """of the codebook's moving averages"""

@@ -21,6 +21,10 @@ class CheckpointError(MhmoeError):
     """A checkpoint is missing, damaged, or belongs to another model."""
 
 
+class TrainingError(MhmoeError):
+    """Training cannot go on: too many bad samples or steps without a finite gradient."""
+
+
 def one_line(text: object, limit: int = 300) -> str:
     """``text`` on a single line, control characters shown escaped, cut at ``limit`` characters."""
     shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))

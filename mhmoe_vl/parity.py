@@ -10,12 +10,13 @@ This module imports no torch, so that ``tools/count.py`` answers at once.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
-from .config import CosineRouterConfig, DenseConfig, MHMoEConfig, MoEConfig, ParityConfig, RouterConfig
+from .config import CosineRouterConfig, DenseConfig, EncoderConfig, MHMoEConfig, MoEConfig, ParityConfig, RouterConfig
 from .errors import ConfigError
 
 PARTS = (
@@ -34,6 +35,9 @@ PARTS = (
 
 WIDTH_STEP = 8
 """Solved widths are multiples of this: grouped products in 16 bits want rows of 16 bytes."""
+
+MOST_DIFFERENCE = 10.0
+"""Percent by which a solved layer may miss the baseline; beyond, parity counts as impossible."""
 
 TEXT_LEN = 64
 """Text tokens per pair unless given: BEiT-3's padding length for image-text tasks."""
@@ -163,56 +167,262 @@ def _router(router: RouterConfig, dim: int, num_experts: int, rows: int) -> Cost
     return compared + Cost(learned, learned, 0)
 
 
+# ------------------------------------------------------------------------------------------ encoder
+def image_tokens(encoder: EncoderConfig) -> int:
+    """Tokens of an image: its patches and the class token."""
+    height, width = (encoder.img_size, encoder.img_size) if isinstance(encoder.img_size, int) else encoder.img_size
+    return 1 + (height // encoder.patch_size) * (width // encoder.patch_size)
+
+
+def count_encoder(
+    encoder: EncoderConfig,
+    *,
+    inputs: Literal["pair", "image", "text"] = "pair",
+    text_len: int = TEXT_LEN,
+    num_codes: int | None = None,
+) -> Parts:
+    """Cost of the encoder by part, in the order of :data:`PARTS`.
+
+    Args:
+        encoder: a section with numbers in it (no ``parity``; see :func:`resolve`).
+        inputs: what the FLOPs are for: an image-text pair, an image alone, a text alone. Parameters are those of
+            the whole encoder whatever the input.
+        text_len: tokens of the text.
+        num_codes: count the pre-training heads too: a biased linear layer to as many image codes and one to the
+            vocabulary, both at every position (training scores masked positions only).
+
+    Raises:
+        ConfigError: the encoder has no branch for ``inputs``, or the text is too long.
+    """
+    wanted = ("image", "text") if inputs == "pair" else (inputs,)
+    if not set(wanted) <= set(encoder.modalities):
+        raise ConfigError(f"modalities: {', '.join(encoder.modalities)} cannot take {inputs} inputs (add the other)")
+    if "text" in wanted and text_len > encoder.max_text_len:
+        raise ConfigError(f"text_len: {text_len} tokens for {encoder.max_text_len} text positions (choose fewer)")
+    lengths = {"image": image_tokens(encoder), "text": text_len}
+    lengths = {name: lengths[name] * (name in wanted) for name in encoder.modalities}
+    counts = [_embeddings(encoder, lengths), {"norms": _norms(encoder)}]
+    counts += [_block(encoder, index, lengths, inputs == "pair") for index in range(encoder.depth)]
+    if num_codes is not None:
+        outputs = {"image": num_codes, "text": encoder.vocab_size}
+        counts += [{"heads": _linear(encoder.embed_dim, outputs[name], n)} for name, n in lengths.items()]
+    parts = _add(counts)
+    return {name: parts[name] for name in PARTS if name in parts}
+
+
+def _embeddings(encoder: EncoderConfig, lengths: Mapping[str, int]) -> Parts:
+    dim, parts = encoder.embed_dim, {"patch_embed": Cost(), "embeddings": Cost()}
+    if "image" in encoder.modalities:
+        patches = image_tokens(encoder) - 1
+        parts["patch_embed"] = _linear(3 * encoder.patch_size**2, dim, patches if lengths["image"] else 0)
+        parts["embeddings"] += _table(patches + 3, dim)  # positions of patches and class token; class and mask token
+    if "text" in encoder.modalities:
+        parts["embeddings"] += _table(encoder.vocab_size + encoder.max_text_len, dim)
+    return parts
+
+
+def _table(rows: int, dim: int) -> Cost:
+    return Cost(rows * dim, rows * dim, 0)
+
+
+def _norms(encoder: EncoderConfig) -> Cost:
+    """Two per block, the one inside attention, the last one; a copy per modality when decoupled."""
+    copies = len(encoder.modalities) if encoder.multiway == "decoupled" else 1
+    norms = encoder.depth * (2 + encoder.attention_sub_ln) + encoder.final_norm
+    return sum([_norm(encoder.embed_dim)] * copies * norms, Cost())
+
+
+def _block(encoder: EncoderConfig, index: int, lengths: Mapping[str, int], paired: bool) -> Parts:
+    """Attention and feed-forward layers of one block, without norms."""
+    sparse = not isinstance(encoder.ffn, DenseConfig)
+    has_experts = sparse and (index + 1) % encoder.moe_every == 0
+    ffn = encoder.ffn if has_experts or not sparse else encoder.dense_ffn
+    joint = encoder.multiway == "shared" or (has_experts and encoder.expert_pool == "joint")
+    groups = [list(lengths.values())] if joint else [[length] for length in lengths.values()]
+    if index >= encoder.depth - encoder.vl_ffn_layers:
+        through_pair = list(lengths.values()) if paired else [0]
+        groups = [[0] if paired else group for group in groups] + [through_pair]
+    return _add([{"attention": _attention(encoder, lengths)}, *(count_ffn(ffn, encoder.embed_dim, g) for g in groups)])
+
+
+def _attention(encoder: EncoderConfig, lengths: Mapping[str, int]) -> Cost:
+    """Query, key, value and output projections per modality or shared; scores and sums over all pairs of tokens."""
+    dim, tokens = encoder.embed_dim, sum(lengths.values())
+    groups = list(lengths.values()) if encoder.multiway == "decoupled" else [tokens]
+    projections = [_linear(dim, dim, length) for length in groups for _ in range(4)]
+    return sum(projections, Cost(0, 0, 2 * 2 * tokens * tokens * dim))
+
+
 # ------------------------------------------------------------------------------------------ solving
+def resolve(encoder: EncoderConfig, parity: ParityConfig | None) -> EncoderConfig:
+    """``encoder`` with numbers in place of ``parity`` in ``ffn`` and ``dense_ffn``; see :func:`solve_ffn`.
+
+    Raises:
+        ConfigError: there is something to solve and no baseline, or no solution.
+    """
+    solved = {}
+    for name in ("ffn", "dense_ffn"):
+        ffn = getattr(encoder, name)
+        if "parity" not in (ffn.hidden_dim, getattr(ffn, "num_experts", None)):
+            continue
+        if parity is None:
+            raise ConfigError(f"encoder.{name}: 'parity' without a baseline (add a section parity, or give a number)")
+        solved[name] = solve_ffn(ffn, encoder.embed_dim, parity, lengths=_typical_lengths(encoder))
+    return encoder.model_copy(update=solved)
+
+
+def difference(encoder: EncoderConfig, parity: ParityConfig, *, text_len: int = TEXT_LEN) -> dict[str, Difference]:
+    """How far the layer and the whole encoder lie from those of the baseline.
+
+    Args:
+        encoder: with numbers in it.
+        parity: the baseline layer; the baseline encoder has it in place of ``ffn`` and is the same otherwise.
+        text_len: tokens of the text in the pair that the encoder's FLOPs are for.
+
+    Returns:
+        ``layer`` and ``encoder``.
+    """
+    theirs = encoder.model_copy(update={"ffn": baseline_layer(parity)})
+    inputs = "pair" if len(encoder.modalities) == 2 else encoder.modalities[0]
+    whole = [total(count_encoder(e, inputs=inputs, text_len=text_len)) for e in (encoder, theirs)]
+    lengths = _typical_lengths(encoder)
+    layer = [total(count_ffn(e.ffn, e.embed_dim, lengths)) for e in (encoder, theirs)]
+    return {"layer": _percent(*layer), "encoder": _percent(*whole)}
+
+
 def baseline_layer(parity: ParityConfig) -> MoEConfig:
     """The baseline as an FFN section: whole tokens, linear router."""
     return MoEConfig(**parity.model_dump(exclude={"rule"}))
 
 
-def layer_difference(
-    ffn: DenseConfig | MoEConfig, dim: int, parity: ParityConfig, lengths: Sequence[int] = (1,)
-) -> Difference:
-    """How far one layer lies from the baseline layer, in percent."""
-    return _difference(count_ffn(ffn, dim, lengths), count_ffn(baseline_layer(parity), dim, lengths))
-
-
-def _difference(parts: Mapping[str, Cost], baseline: Mapping[str, Cost]) -> Difference:
-    ours, theirs = total(parts), total(baseline)
+def _percent(cost: Cost, baseline: Cost) -> Difference:
     return Difference(
-        100 * (ours.flops / theirs.flops - 1),
-        100 * (ours.parameters / theirs.parameters - 1),
+        flops=100 * (cost.flops / baseline.flops - 1), parameters=100 * (cost.parameters / baseline.parameters - 1)
     )
 
 
+def _typical_lengths(encoder: EncoderConfig) -> list[int]:
+    return [image_tokens(encoder)] if "image" in encoder.modalities else [encoder.max_text_len]
+
+
 def solve_ffn(
-    ffn: DenseConfig | MoEConfig, dim: int, parity: ParityConfig, lengths: Sequence[int] = (1,)
+    ffn: DenseConfig | MoEConfig, dim: int, parity: ParityConfig, *, lengths: Sequence[int] = (1,)
 ) -> DenseConfig | MoEConfig:
     """``ffn`` with numbers in place of ``parity``, so that the layer costs what the baseline layer costs.
 
-    Rule ``flops_and_parameters`` (paper 2's idea, with routers, biases and shared experts counted): when both width
-    and count are unknown, the pair whose larger relative difference is smallest; the width alone is solved for equal
-    FLOPs, the count alone for equal parameters. The equations have two solutions; the one is taken whose router costs
-    less than its experts. Rule ``parameters`` (paper 1's beta): equal parameters through the width alone. Widths are
-    multiples of :data:`WIDTH_STEP`, so a difference remains: see :func:`layer_difference`.
+    Rule ``flops_and_parameters`` (paper 2's idea, with routers, biases and shared experts counted): of all widths and
+    counts the pair whose larger relative difference is smallest; when only the width is unknown, equal FLOPs; when
+    only the count is, equal parameters. The equations have two solutions: the one is taken whose router costs less
+    than its experts. Rule ``parameters`` (paper 1's beta): equal parameters through the width alone. Widths are
+    multiples of :data:`WIDTH_STEP` and counts whole, so a difference remains: see :func:`difference`.
+
+    Args:
+        ffn: section with ``parity`` in it.
+        dim: width of a token.
+        parity: baseline and rule.
+        lengths: tokens of a typical sequence; matters for convolutional splitting only.
 
     Raises:
-        ConfigError: no width above 0 or no count of at least ``top_k`` does it, or the rule does not fit.
+        ConfigError: no width above 0 and count of at least ``top_k`` comes within :data:`MOST_DIFFERENCE`, or the
+            rule does not fit.
     """
     unknown = [name for name in ("hidden_dim", "num_experts") if getattr(ffn, name, None) == "parity"]
-    if not unknown:
-        return ffn
     if parity.rule == "parameters" and "num_experts" in unknown:
         raise ConfigError("ffn.num_experts: 'parity' does not go with parity.rule 'parameters' (give a number)")
+    by_flops = unknown == ["hidden_dim"] and parity.rule == "flops_and_parameters"
+    compared = ["flops", "parameters"] if len(unknown) == 2 else ["flops" if by_flops else "parameters"]
+    baseline = total(count_ffn(baseline_layer(parity), dim, lengths))
+
+    def differences(candidate: DenseConfig | MoEConfig) -> list[float]:
+        found = _percent(total(count_ffn(candidate, dim, lengths)), baseline)
+        return [getattr(found, name) for name in compared]
+
+    def worst(candidate: DenseConfig | MoEConfig) -> float:
+        return max(map(abs, differences(candidate)))
+
+    least = {name: WIDTH_STEP if name == "hidden_dim" else ffn.top_k for name in unknown}
+    smallest = ffn.model_copy(update=least)
+    settings = _widths(smallest, dim, lengths, baseline) if len(unknown) == 2 else [ffn]
+    candidates = [c for setting in settings for c in _around_zero(setting, unknown[-1], differences)]
     if len(unknown) == 2:
-        compared = ("flops", "parameters")
-    else:
-        compared = ("flops",) if unknown == ["hidden_dim"] and parity.rule != "parameters" else ("parameters",)
-    differences = partial(_differences, compared, dim=dim, lengths=lengths, parity=parity)
-    if len(unknown) == 2:
-        most = 2 * (parity.hidden_dim or 4 * dim) * parity.top_k
-        settings = [ffn.model_copy(update={"hidden_dim": w}) for w in range(WIDTH_STEP, most, WIDTH_STEP)]
-        found = [near for setting in settings for near in _balanced(setting, "num_experts", 1, differences)]
-        found = [near for near in found if _router_is_cheaper(near, dim)]
-    else:
-        found = _balanced(ffn, unknown[0], WIDTH_STEP if unknown == ["hidden_dim"] else 1, differences)
-    possible = [near for near in found if near.hidden_dim != 0 and getattr(near, "num_experts", 1) >= getattr(near, "top_k", 1)]
+        candidates = [c for c in candidates if _router_is_cheaper(c, dim)]
+    candidates = [c for c in candidates if all(getattr(c, name) >= low for name, low in least.items())]
+    nearest = min(candidates, key=worst, default=smallest)
+    if worst(nearest) > MOST_DIFFERENCE:
+        cost, tokens = total(count_ffn(nearest, dim, lengths)), sum(lengths)
+        raise ConfigError(
+            f"ffn: no {' and '.join(unknown)} gives {ffn.kind} the baseline's {baseline.flops // tokens} FLOPs a token"
+            f" and {baseline.parameters} parameters: nearest is"
+            f" {', '.join(f'{name} {getattr(nearest, name)}' for name in unknown)} with {cost.flops // tokens} and"
+            f" {cost.parameters} (change the baseline or the numbers that are given)"
+        )
+    return nearest
+
+
+def _widths(smallest: MoEConfig, dim: int, lengths: Sequence[int], baseline: Cost) -> list[MoEConfig]:
+    """All widths whose experts do at most twice the baseline's FLOPs."""
+    most = 2 * WIDTH_STEP * baseline.flops // count_ffn(smallest, dim, lengths)["experts"].flops
+    return [smallest.model_copy(update={"hidden_dim": width}) for width in range(WIDTH_STEP, most, WIDTH_STEP)]
+
+
+def _around_zero(
+    ffn: DenseConfig | MoEConfig, name: str, differences: Callable[[DenseConfig | MoEConfig], list[float]]
+) -> list[DenseConfig | MoEConfig]:
+    """The two values of an unknown next to where the sum of differences is 0.
+
+    Each grows linearly in the unknown, so that the larger of them in size is least at one of the two.
+    """
+    step = WIDTH_STEP if name == "hidden_dim" else 1
+    at_zero, at_one = (sum(differences(ffn.model_copy(update={name: value}))) for value in (0, step))
+    below = math.floor(at_zero / (at_zero - at_one))
+    return [ffn.model_copy(update={name: step * steps}) for steps in (below, below + 1)]
+
+
+def _router_is_cheaper(ffn: MoEConfig, dim: int) -> bool:
+    parts = count_ffn(ffn, dim)
+    return parts["router"].flops < parts["experts"].flops
+
+
+# --------------------------------------------------------------------------------- published rules
+def paper2_hidden_dim(
+    dim: int, hidden_dim: int, *, top_k: int, baseline_top_k: int = 1, num_matrices: int = 2
+) -> float:
+    """Inner width that gives MH-MoE the FLOPs of an MoE layer, routers left out (paper 2, equation 8).
+
+    ``top_k * width = baseline_top_k * hidden_dim - 2 * dim / num_matrices``.
+
+    Args:
+        dim: width of a token.
+        hidden_dim: inner width of the baseline's experts.
+        top_k: experts per sub-token.
+        baseline_top_k: experts per token of the baseline.
+        num_matrices: per expert; 3 for SwiGLU.
+    """
+    return (baseline_top_k * hidden_dim - 2 * dim / num_matrices) / top_k
+
+
+def paper2_num_experts(
+    dim: int, hidden_dim: int, num_experts: int, *, num_subtokens: int, subtoken_hidden_dim: int, num_matrices: int = 2
+) -> float:
+    """Number of experts that gives MH-MoE the parameters of an MoE layer, routers left out (paper 2, equation 9).
+
+    ``m d F E = 2 d^2 + m (d / h) F' E'`` for m matrices, solved for ``E'``.
+
+    Args:
+        dim: width of a token, d.
+        hidden_dim: inner width of the baseline's experts, F.
+        num_experts: of the baseline, E.
+        num_subtokens: h.
+        subtoken_hidden_dim: inner width of MH-MoE's experts, F'.
+        num_matrices: per expert, m; 3 for SwiGLU.
+    """
+    left = num_matrices * dim * hidden_dim * num_experts - 2 * dim * dim
+    return left * num_subtokens / (num_matrices * dim * subtoken_hidden_dim)
+
+
+def paper1_beta(num_experts: int) -> float:
+    """Paper 1's factor on the inner width ``4 h d`` that pays for head and merge layer: ``1 - 1 / (4 N)``.
+
+    It equals parameters only; FLOPs grow about fourfold with h = 4 (see paper 2).
+    """
+    return 1 - 1 / (4 * num_experts)

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import base64
 import io
+import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -23,7 +24,7 @@ WIDTH, HEIGHT = 480, 240
 LEFT, TOP, PLOT_WIDTH, PLOT_HEIGHT = 60, 10, 400, 200
 HEAT_WIDTH, BAR_WIDTH = 270, 125
 MAX_POINTS, MAX_READOUTS, MAX_ROWS, MAX_CURVES = 600, 60, 200, 8
-MAX_HEAT_COLUMNS, MAX_LOAD_COLUMNS = 160, 6
+MAX_HEAT_COLUMNS, MAX_LOAD_COLUMNS = 120, 6
 
 
 @dataclass
@@ -110,8 +111,10 @@ class PoolChart(NamedTuple):
 
 
 def number(value: object, digits: int = 6) -> str:
-    """A number with ``digits`` significant digits; any other value as text."""
-    return f"{value:.{digits}g}" if isinstance(value, float) else str(value)
+    """A number with ``digits`` significant digits; any other value as text, none as nothing."""
+    if isinstance(value, float):
+        return f"{value:.{digits}g}"
+    return "" if value is None else str(value)
 
 
 def compact(value: float) -> str:
@@ -201,17 +204,19 @@ def series_table(series: Mapping[str, Series]) -> Table:
     return Table(["step", *series], rows, note)
 
 
-def line_chart(title: str, series: Mapping[str, Series], *, main: str = "", log: bool = False, smoothed: bool = False) -> Chart:
+def line_chart(
+    title: str, series: Mapping[str, Series], *, main: str = "", log: bool = False, smoothed: bool = False
+) -> Chart:
     """Lines over steps.
 
     Args:
         series: the lines, by label.
         main: label of the line in the text's colour, which sums the others up.
         log: logarithmic y axis, where all values are positive.
-        smoothed: draw the values pale and an exponential mean over a 50th of them (from 50 values on) in front.
+        smoothed: draw the values pale and an exponential mean over a 25th of them (from 50 values on) in front.
     """
     longest = max(len(s.values) for s in series.values())
-    window = longest / 50 if smoothed and longest >= 50 else 1.0
+    window = longest / 25 if smoothed and longest >= 50 else 1.0
     drawn = {name: Series(s.steps, smooth(s.values, window)) for name, s in series.items()}
     steps = sorted({step for s in series.values() for step in s.steps})
     first, last = steps[0], max(steps[-1], steps[0] + 1)
@@ -231,12 +236,12 @@ def line_chart(title: str, series: Mapping[str, Series], *, main: str = "", log:
         Curve(name, colors[name], stretches(s) if window > 1 else [], stretches(drawn[name]), number(s.values[-1], 4))
         for name, s in series.items()
     ]
-    note = ", ".join(
-        [f"bold: mean over about {window:.0f} lines"] * (window > 1) + ["logarithmic axis"] * axis.log
-    )
-    x_ticks = [(x(tick), compact(tick)) for tick in nice_ticks(first, last) if first <= tick <= last and tick == int(tick)]
+    notes = [f"bold: mean over about {window:.0f} log lines"] * (window > 1) + ["logarithmic axis"] * axis.log
+    whole = [tick for tick in nice_ticks(first, last) if first <= tick <= last and tick == int(tick)]
+    x_ticks = [(x(tick), compact(tick)) for tick in whole]
     y_ticks = [(y(tick), compact(tick)) for tick in axis.ticks if axis.low <= tick <= axis.high]
-    return Chart(title, note, x_ticks, y_ticks, curves, _readouts(drawn, steps, colors, x), series_table(series))
+    readouts = _readouts(drawn, steps, colors, x)
+    return Chart(title, ", ".join(notes), x_ticks, y_ticks, curves, readouts, series_table(series))
 
 
 def pool_chart(name: str, steps: Sequence[int], load: np.ndarray, by_stream: np.ndarray | None) -> PoolChart:
@@ -264,7 +269,8 @@ def pool_chart(name: str, steps: Sequence[int], load: np.ndarray, by_stream: np.
         )
         for i, row in enumerate(shares)
     ]
-    marks = "".join(f"M{left + share * scale:.1f},{top:.1f}v{height:.1f}" for top, share in zip(tops, final, strict=True))
+    ends = [round(left + float(share) * scale, 1) for share in final]
+    marks = "".join(f"M{x},{top}v{height:.1f}" for top, x in zip(tops, ends, strict=True))
     dead = [i for i, share in enumerate(final) if share == 0]
     columns = np.array_split(np.arange(lines), min(lines, MAX_HEAT_COLUMNS))
     rows = list(zip(tops, _expert_readouts(load, final, streams), strict=True))
@@ -304,19 +310,22 @@ def _colors(names: list[str], main: str) -> dict[str, int]:
     return {name: others.index(name) + 1 if name in others else 0 for name in names}
 
 
-def _readouts(series: Mapping[str, Series], steps: list[int], colors: dict[str, int], x) -> list[Readout]:
+def _readouts(
+    series: Mapping[str, Series], steps: list[int], colors: Mapping[str, int], x: Callable[[float], float]
+) -> list[Readout]:
     """One readout for each of up to 60 steps; its strip reaches half way to the neighbours."""
     lookup = {name: dict(zip(s.steps, s.values, strict=True)) for name, s in series.items()}
     kept = [steps[i] for i in pick(len(steps), MAX_READOUTS)]
     places = [x(step) for step in kept]
-    edges = [LEFT, *((a + b) / 2 for a, b in zip(places, places[1:], strict=False)), LEFT + PLOT_WIDTH]
+    edges = [LEFT, *((a + b) / 2 for a, b in itertools.pairwise(places)), LEFT + PLOT_WIDTH]
     result = []
     for i, (step, place) in enumerate(zip(kept, places, strict=True)):
         rows = [(colors[name], one_line(name, 24), number(v[step], 5)) for name, v in lookup.items() if step in v]
-        width = 24 + 6.5 * max(len(label) + len(value) for _, label, value in [(0, "step ", f"{step:,}"), *rows])
+        width = 30 + 7 * max(len(label) + len(value) for _, label, value in [(0, "step ", f"{step:,}"), *rows])
         left = place + 8 if place < LEFT + PLOT_WIDTH / 2 else place - 8 - width
         box = (round(left, 1), round(width, 1), 22.0 + 15 * len(rows))
-        result.append(Readout(place, (round(edges[i], 1), round(edges[i + 1] - edges[i], 1)), box, [(-1, f"step {step:,}", ""), *rows]))
+        strip = (round(edges[i], 1), round(edges[i + 1] - edges[i], 1))
+        result.append(Readout(place, strip, box, [(-1, f"step {step:,}", ""), *rows]))
     return result
 
 
@@ -339,19 +348,21 @@ def _expert_readouts(load: np.ndarray, final: np.ndarray, streams: np.ndarray | 
 
 def _load_table(steps: Sequence[int], load: np.ndarray, final: np.ndarray, streams: np.ndarray | None) -> Table:
     kept = pick(len(steps), MAX_LOAD_COLUMNS)
-    columns = ["expert", *(f"step {steps[i]}" for i in kept), "last tenth", *(["image", "text"] if streams is not None else [])]
-    numbers = np.vstack([load[kept], final[None], *([] if streams is None else [streams])])
+    columns = ["expert", *(f"step {steps[i]}" for i in kept), "last tenth"]
+    numbers = np.vstack([load[kept], final])
+    if streams is not None:
+        columns, numbers = [*columns, "image", "text"], np.vstack([numbers, streams])
     rows = [[str(i), *(number(float(value), 4) for value in numbers[:, i])] for i in range(load.shape[1])]
     note = "" if len(kept) == len(steps) else f"{len(kept)} of {len(steps):,} steps; all stand in metrics.jsonl"
     return Table(columns, rows, note)
 
 
 def _heat_map(load: np.ndarray) -> str:
-    """``load`` (columns, experts) as a PNG data address: dark blue 0, grey 1.5, yellow 3 even shares; orange: none."""
-    level = np.clip(load * load.shape[1] / 3, 0, 1) * 254
+    """``load`` (columns, experts) as a PNG data address: violet to yellow for 0 to 2 even shares; orange for none."""
+    level = np.clip(load * load.shape[1] / 2, 0, 1) * 254
     pixels = np.where(load == 0, 255, level).astype(np.uint8).T
-    anchors = np.array([(0, 32, 76), (124, 123, 120), (255, 234, 69)])
-    ramp = np.stack([np.interp(np.linspace(0, 2, 255), range(3), channel) for channel in anchors.T], 1)
+    anchors = np.array([(68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231, 37)])
+    ramp = np.stack([np.interp(np.linspace(0, 4, 255), range(5), channel) for channel in anchors.T], 1)
     picture = Image.frombytes("P", pixels.shape[::-1], np.ascontiguousarray(pixels).tobytes())
     picture.putpalette([*ramp.round().astype(int).ravel().tolist(), 213, 94, 0])
     file = io.BytesIO()

@@ -48,7 +48,7 @@ class _Cut(OSError):
 class _Redirects(urllib.request.HTTPRedirectHandler):
     """The standard rules, which would also follow to ftp."""
 
-    def redirect_request(self, req, fp, code, msg, headers, newurl):  # noqa: ANN001, ANN201
+    def redirect_request(self, req, fp, code, msg, headers, newurl):
         if not is_url(newurl):
             raise urllib.error.HTTPError(newurl, code, "redirect to another protocol", headers, fp)
         return super().redirect_request(req, fp, code, msg, headers, newurl)
@@ -67,10 +67,13 @@ for _handler in (
     _OPENER.add_handler(_handler())
 
 
-def _open(url: str, byte_range: str | None) -> http.client.HTTPResponse:
+def _open(url: str, byte_range: str | None, tag: str | None = None) -> http.client.HTTPResponse:
+    """A response with the whole body or exactly the range; ``tag``: the version that the range must be of."""
     headers = {"User-Agent": "mhmoe-vl", "Accept-Encoding": "identity"}
     if byte_range:
         headers["Range"] = f"bytes={byte_range}"
+    if tag:
+        headers["If-Range"] = tag
     response = _OPENER.open(urllib.request.Request(url, headers=headers), timeout=TIMEOUT)  # noqa: S310 (checked scheme)
     if byte_range and (
         response.status != 206 or not response.headers.get("Content-Range", "").startswith(f"bytes {byte_range}")
@@ -148,16 +151,19 @@ class RemoteStream:
     """
 
     def __init__(self, url: str) -> None:
-        self.url, self.position, self.total = url, 0, None
+        self.url, self.position = url, 0
+        self.total: int | None = None
+        self.tag: str | None = None
         self.response = _attempt(url, self._connect)
 
     def _connect(self) -> http.client.HTTPResponse:
-        if self.position == 0:
-            response = _open(self.url, None)
-            length = response.headers.get("Content-Length")
-            self.total = int(length) if length and length.isdecimal() else None
-            return response
-        return _open(self.url, f"{self.position}-{self.total - 1}")
+        if self.position:
+            return _open(self.url, f"{self.position}-", self.tag)
+        response = _open(self.url, None)
+        length = response.headers.get("Content-Length", "")
+        self.total = int(length) if length.isdecimal() else None
+        self.tag = response.headers.get("ETag")
+        return response
 
     def seekable(self) -> bool:
         return False
@@ -167,6 +173,8 @@ class RemoteStream:
         data = bytearray()
 
         def attempt() -> None:
+            if self.position == self.total:
+                return
             if self.response.closed:
                 self.response = self._connect()
             try:

@@ -27,12 +27,12 @@ class BadSample(DataError):
         message: the line to show.
         reason: short words to count by (``"checksum"``, ``"truncated"``, ``"image"``, ...).
         shard: file or address it came from; empty where that is not known yet.
+        member: name or key inside the shard; empty when it is the shard as a whole.
     """
 
-    def __init__(self, message: str, *, reason: str = "bad", shard: str = "") -> None:
+    def __init__(self, message: str, *, reason: str = "bad", shard: str = "", member: str = "") -> None:
         super().__init__(one_line(message))
-        self.reason = reason
-        self.shard = shard
+        self.reason, self.shard, self.member = reason, shard, member
 
 
 def split_name(name: str) -> tuple[str, str] | None:
@@ -100,4 +100,4 @@ class Sample:
 
     def bad(self, reason: str, what: str) -> BadSample:
         """The error for this sample, naming shard and key."""
-        return BadSample(f"{self.shard}:{self.key}: {what}", reason=reason, shard=self.shard)
+        return BadSample(f"{self.shard}:{self.key}: {what}", reason=reason, shard=self.shard, member=self.key)

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from huggingface_hub import PyTorchModelHubMixin
-from timm.models import feature_take_indices
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..errors import ConfigError
 from ..nn.block import Block
 from ..nn.embed import ImageEmbedding, TextEmbedding
-from ..nn.ffn import FFNOutput
+from ..nn.feed_forward import FFNLayer, FFNOutput
 from ..nn.multiway import MODALITIES, Multiway, Streams
 from ..nn.router import Routing, RoutingStats
 
@@ -112,6 +111,7 @@ class Encoder(nn.Module, PyTorchModelHubMixin, library_name="mhmoe_vl", tags=["v
         self.patch_size = patch_size
         self.img_size = (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
         self.modalities = tuple(name for name in MODALITIES if name in modalities)
+        self.norm_eps = norm_eps
         self.grad_checkpointing = grad_checkpointing
 
         if "image" in self.modalities:
@@ -175,9 +175,14 @@ class Encoder(nn.Module, PyTorchModelHubMixin, library_name="mhmoe_vl", tags=["v
         num_pairs = self._count_pairs(images, text, num_pairs)
         xs, paddings = self._embed(images, text, text_padding, image_mask)
         pools: list[FFNOutput] = []
-        for xs, found in self._blocks(xs, paddings, num_pairs, return_routing):  # noqa: B007
+        for block in self.blocks:
+            xs, found = self._run(block, xs, paddings, num_pairs, return_routing)
             pools += found
         xs = self.norm(xs)
+        absent = [name for name, given in (("image", images), ("text", text)) if given is None and name in xs]
+        for name in absent:
+            # The sum of an empty tensor: an exact zero, through which the branch's parameters get zero gradients.
+            xs = {other: x + xs[name].sum() for other, x in xs.items()}
         names = pools[0].aux_losses if pools else ()
         return EncoderOutput(
             image=None if images is None else xs["image"],
@@ -213,15 +218,14 @@ class Encoder(nn.Module, PyTorchModelHubMixin, library_name="mhmoe_vl", tags=["v
             output_fmt: ``NCHW`` maps ``(I, D, H/p, W/p)`` or ``NLC`` tokens ``(I, P, D)``.
             intermediates_only: return the list alone, not (final tokens, list).
         """
-        take, last = feature_take_indices(len(self.blocks), None if indices is None else indices)
+        take = _block_indices(len(self.blocks), indices)
         self._count_pairs(images, None, None)
         xs, paddings = self._embed(images, None, None, None)
         taken: list[Tensor] = []
-        for index, (xs, _) in enumerate(self._blocks(xs, paddings, 0, False)):  # noqa: B007
+        for index, block in enumerate(self.blocks[: max(take) + 1] if stop_early else self.blocks):
+            xs, _ = self._run(block, xs, paddings, 0, False)
             if index in take:
                 taken.append(self.norm(xs)["image"] if norm else xs["image"])
-            if stop_early and index == last:
-                break
         maps = [tokens[:, 1:] for tokens in taken]
         if output_fmt == "NCHW":
             rows = images.shape[-2] // self.patch_size
@@ -230,16 +234,12 @@ class Encoder(nn.Module, PyTorchModelHubMixin, library_name="mhmoe_vl", tags=["v
             maps = list(zip(maps, [tokens[:, :1] for tokens in taken], strict=True))
         return maps if intermediates_only else (self.norm(xs)["image"], maps)
 
-    def _blocks(
-        self, xs: Streams, paddings: Streams, num_pairs: int, return_routing: bool
-    ) -> Iterator[tuple[Streams, list[FFNOutput]]]:
-        """The streams after each block, and what the block's pools of experts returned."""
-        for block in self.blocks:
-            if self.grad_checkpointing and torch.is_grad_enabled():
-                xs, pools = checkpoint(block, xs, paddings, num_pairs, return_routing, use_reentrant=False)
-            else:
-                xs, pools = block(xs, paddings, num_pairs, return_routing)
-            yield xs, pools
+    def _run(
+        self, block: Block, xs: Streams, paddings: Streams, num_pairs: int, return_routing: bool
+    ) -> tuple[Streams, list[FFNOutput]]:
+        if self.grad_checkpointing and torch.is_grad_enabled():
+            return checkpoint(block, xs, paddings, num_pairs, return_routing, use_reentrant=False)
+        return block(xs, paddings, num_pairs, return_routing)
 
     def _embed(
         self, images: Tensor | None, text: Tensor | None, text_padding: Tensor | None, image_mask: Tensor | None
@@ -249,6 +249,7 @@ class Encoder(nn.Module, PyTorchModelHubMixin, library_name="mhmoe_vl", tags=["v
         if "image" in self.modalities:
             if images is None:
                 images = self.image_embed.pos_embed.new_zeros(0, 3, *self.img_size)
+                image_mask = torch.zeros(0, 1, dtype=torch.bool, device=images.device)
             xs["image"] = self.dropout(self.image_embed(images, image_mask))
         if "text" in self.modalities:
             if text is None:
@@ -271,13 +272,13 @@ class Encoder(nn.Module, PyTorchModelHubMixin, library_name="mhmoe_vl", tags=["v
 
     # --------------------------------------------------------------------------------------- training
     def no_weight_decay(self) -> set[str]:
-        """Parameters not to shrink: embeddings, positions, class and mask token, routers, biases of experts."""
+        """Parameters not to shrink: embeddings, positions, class and mask token, and what layers of experts name."""
         embeddings = ("pos_embed", "cls_token", "mask_token", "text_embed.tokens.weight")
-        return {
-            name
-            for name, _ in self.named_parameters()
-            if name.endswith(embeddings) or ".router." in name or "bias" in name.rpartition(".")[2]
-        }
+        names = {name for name, _ in self.named_parameters() if name.endswith(embeddings)}
+        for place, layer in self.named_modules():
+            if isinstance(layer, FFNLayer):
+                names |= {f"{place}.{name}" for name in layer.no_weight_decay()}
+        return names
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Name patterns of the stem, the blocks and the final norm, for timm's layer-wise learning rates."""
@@ -298,6 +299,15 @@ class Encoder(nn.Module, PyTorchModelHubMixin, library_name="mhmoe_vl", tags=["v
             options: huggingface_hub's, or constructor arguments to change.
         """
         return super().from_pretrained(pretrained_model_name_or_path, strict=strict, **options)
+
+
+def _block_indices(depth: int, indices: int | Sequence[int] | None) -> list[int]:
+    """timm's way to name blocks: none for all, n for the last n, or numbers that count from the end if negative."""
+    if indices is None or isinstance(indices, int):
+        indices = range(-(depth if indices is None else indices), 0)
+    if not indices or not all(-depth <= index < depth for index in indices):
+        raise ConfigError(f"indices: {list(indices)} of {depth} blocks (choose from 0 to {depth - 1})")
+    return sorted(index % depth for index in indices)
 
 
 def _check_options(

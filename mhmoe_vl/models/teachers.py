@@ -51,8 +51,8 @@ class OpenClipTeacher(nn.Module):
         tower = _open_clip_tower(img_size, model, pretrained)
         if tower.patch_size != (patch_size, patch_size):
             raise ConfigError(
-                f"task.teacher.model: {model!r} has patches of {tower.patch_size[0]} pixels, the tokenizer of {patch_size}"
-                f" (set task.model.patch_size to {tower.patch_size[0]})"
+                f"task.teacher.model: {model!r} has patches of {tower.patch_size[0]} pixels, the tokenizer of"
+                f" {patch_size} (set task.model.patch_size to {tower.patch_size[0]})"
             )
         tower.output_tokens = True
         self.tower = tower.eval().requires_grad_(False)
@@ -76,7 +76,7 @@ TEACHERS: dict[str, type[nn.Module]] = {"pixels": PixelTeacher, "open_clip": Ope
 
 
 def create_teacher(img_size: int, *, patch_size: int, kind: str, **options: Any) -> nn.Module:
-    """The teacher named ``kind``: ``forward(images) -> targets``, ``error(reconstruction, targets)``, ``target_dim``."""
+    """The teacher of this kind: ``forward(images) -> targets``, ``error(reconstruction, targets)``, ``target_dim``."""
     return TEACHERS[kind](img_size, patch_size=patch_size, **options)
 
 

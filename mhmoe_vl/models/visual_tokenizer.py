@@ -17,12 +17,13 @@ from torch import Tensor, nn
 
 from .. import config
 from ..distributed import all_reduce_sum, rank
-from ..errors import CheckpointError, ConfigError
+from ..errors import CheckpointError, ConfigError, one_line
 from .convert_vqkd import from_published, read_weights, sizes_of
 
 KMEANS_ITERATIONS = 10
 RUN_PREFIX = "tokenizer."
 """what stands before a tokenizer's parameter names in the checkpoint of a training run"""
+_PARTS = ("ema", "model")  # the moving average of the weights first, where one was kept
 
 
 class Codebook(nn.Module):
@@ -224,31 +225,27 @@ def load_visual_tokenizer(path: str | Path, *, num_heads: int | None = None) -> 
         CheckpointError: the file is missing, unreadable, or not a visual tokenizer.
     """
     path = Path(path)
-    if path.is_dir():
-        options, state = _read_run(path)
-    else:
-        state = from_published(read_weights(path), path)
-        options = sizes_of(state, num_heads=num_heads)
-    tokenizer = VisualTokenizer(**options)
     try:
+        if path.is_dir():
+            options, state = _read_run(path)
+        else:
+            state = from_published(read_weights(path), path)
+            options = sizes_of(state, num_heads=num_heads)
+        tokenizer = VisualTokenizer(**options)
         tokenizer.load_state_dict(state)
-    except RuntimeError as error:
-        problem = str(error).splitlines()[1].strip()
-        raise CheckpointError(f"{path}: does not fit the tokenizer: {problem} (name another checkpoint)") from error
+    except (RuntimeError, ValueError) as error:
+        problem = one_line(error, 160)
+        raise CheckpointError(f"{path}: does not fit a visual tokenizer: {problem} (name another one)") from error
     return tokenizer.eval().requires_grad_(False)
 
 
 def _read_run(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     file = folder / "config.yaml"
-    if not file.is_file():
-        raise CheckpointError(f"{folder}: is not a run folder, config.yaml is missing (name a run folder or a file)")
-    section = config.read_yaml(file).get("task")
-    if not isinstance(section, dict) or section.get("kind") != "visual_tokenizer":
-        raise CheckpointError(f"{file}: is no run of a visual tokenizer (name one of tools/train_visual_tokenizer.py)")
-    options = config.validate(config.VisualTokenizerTaskConfig, section, str(file)).model.model_dump()
-    files = [folder / "checkpoints" / name / "model.safetensors" for name in ("best", "last")]
-    weights = read_weights(next((file for file in files if file.exists()), files[-1]))
-    return options, {name.removeprefix(RUN_PREFIX): value for name, value in weights.items()}
+    section = config.read_yaml(file).get("task", {})
+    options = config.validate(config.VisualTokenizerTaskConfig, section, f"{file}: task").model.model_dump()
+    weights = [folder / "checkpoints" / step / f"{part}.safetensors" for step in ("best", "last") for part in _PARTS]
+    state = read_weights(next((path for path in weights if path.exists()), weights[-1]))
+    return options, {name.removeprefix(RUN_PREFIX): value for name, value in state.items()}
 
 
 def _check_divides(part: str, small: int, whole: str, large: int) -> None:

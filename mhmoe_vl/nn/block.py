@@ -10,8 +10,7 @@ import torch
 from torch import nn
 
 from .attention import MultiwayAttention, xavier_
-from .feed_forward import FeedForward
-from .ffn import FFNOutput
+from .feed_forward import FeedForward, FFNOutput
 from .multiway import Multiway, MultiwayFFN, Streams
 
 

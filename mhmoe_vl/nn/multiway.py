@@ -1,9 +1,9 @@
 """Modality routing of the multiway Transformer: which weights an image token and a text token pass.
 
-The tokens of a batch travel as *streams*, a mapping from modality to tensor, ``{"image": (I, N, D), "text": (T, L, D)}``,
-so that no modality is padded to the length of the other. A modality that a batch lacks is an empty tensor: its
-parameters then get zero gradients, and every rank makes the same collective calls. Only the last ``num_pairs``
-images and texts belong together.
+The tokens of a batch travel as *streams*, a mapping from modality to tensor: ``{"image": (I, N, D), "text":
+(T, L, D)}``. So no modality is padded to the length of the other. One that a batch lacks is an empty tensor: its
+parameters then get zero gradients, and every rank makes the same collective calls. The last ``num_pairs`` images and
+texts belong together.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .ffn import FFNOutput, build_ffn
+from .feed_forward import FFNOutput
+from .ffn import build_ffn
 
 MODALITIES = ("image", "text")
 """In the order in which the tokens of a pair are concatenated."""

@@ -10,84 +10,31 @@ from __future__ import annotations
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
-from itertools import chain
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.data import ConcatDataset
 
 from .. import distributed
-from ..data.loader import StepDataset, eval_batches, sample_at
-from ..data.masking import block_mask, text_mask
-from ..data.shards import BadSample, Sample, ShardSet, expand_shards
+from ..data.loader import StepDataset, eval_batches, open_shards, sample_at
+from ..data.sample import BadSample, Sample
+from ..data.shards import ShardSet, expand_shards
 from ..data.text import create_text_tokenizer
 from ..data.transforms import ImageTransform
 from ..errors import ConfigError
 from ..models.encoder import Encoder
 from ..models.visual_tokenizer import load_visual_tokenizer
 from .base import InputSpec, ModelOutput, Record
+from .masked_batch import STREAMS, TERMS, MaskedBatch, MaskedExamples, captions, collate, per_sample
 
-STREAMS = ("images", "texts", "pairs")
-TERMS = (
-    ("images", "images", "image_mask"),
-    ("texts", "texts", "text_mask"),
-    ("pairs_image", "pairs", "image_mask"),
-    ("pairs_text", "pairs", "text_mask"),
-)
-"""The four predictions, each with its stream and its mask: codes of pictures alone, pieces of texts alone, and both
-in pairs."""
-
-
-@dataclass(frozen=True)
-class MaskedBatch:
-    """Pictures of the image stream, then of the pairs; texts of the text stream, then of the pairs.
-
-    Attributes:
-        images: ``(I, 3, H, W)`` uint8, after ``prepare`` normalised float.
-        tokenizer_images: the same crops at the tokenizer's size, uint8.
-        image_mask: ``(I, P)`` bool, True where a patch is hidden.
-        image_positions: ``(M,)`` the hidden patches as indices into ``(I * P)``, by picture.
-        image_targets: ``(M,)`` codes to predict; filled by ``prepare``.
-        text: ``(T, L)`` ids with the mask token in place.
-        text_padding: ``(T, L)`` bool, True at padding.
-        text_positions: ``(M',)`` the hidden pieces as indices into ``(T * L)``, by text.
-        text_targets: ``(M',)`` ids to predict.
-        num_pairs: how many of the last pictures belong, in order, to as many last texts.
-        samples: by term, the sample of its stream that each hidden position belongs to.
-        ids: per stream, one id a sample.
-        bad: samples left out, by reason.
-    """
-
-    images: Tensor | None = None
-    tokenizer_images: Tensor | None = None
-    image_mask: Tensor | None = None
-    image_positions: Tensor | None = None
-    image_targets: Tensor | None = None
-    text: Tensor | None = None
-    text_padding: Tensor | None = None
-    text_positions: Tensor | None = None
-    text_targets: Tensor | None = None
-    num_pairs: int = 0
-    samples: dict[str, Tensor] = field(default_factory=dict)
-    ids: dict[str, list[str]] = field(default_factory=dict)
-    bad: dict[str, int] = field(default_factory=dict)
-
-    def __len__(self) -> int:
-        return sum(len(ids) for ids in self.ids.values())
-
-    def terms(self) -> Iterator[tuple[str, str, slice]]:
-        """``(term, "image" or "text", its rows among the logits)`` of every term with targets."""
-        for kind, alone in (("image", "images"), ("text", "texts")):
-            first = 0
-            for term in (alone, f"pairs_{kind}"):
-                count = len(self.samples.get(term, ()))
-                if count:
-                    yield term, kind, slice(first, first + count)
-                first += count
+UNIGRAM_SMOOTHING = 0.01
+"""Added to every count of the unigram baseline: enough for pieces never seen, too little to blur the frequencies."""
 
 
 class MaskedModelingModel(nn.Module):
@@ -210,6 +157,7 @@ class MaskedModeling:
         second_size = None if second_size == inputs.img_size else second_size
         self.train_pictures = ImageTransform(inputs.img_size, second_size=second_size, train=True, **augment)
         self.val_pictures = ImageTransform(inputs.img_size, second_size=second_size, train=False)
+        self.collate = partial(collate, pad_id=self.tokenizer.pad_id, mask_id=self.tokenizer.mask_id)
         for name in self.streams:
             self._source(name, "train")
             self._source(name, "val")
@@ -230,78 +178,52 @@ class MaskedModeling:
         return tokenizer
 
     # ------------------------------------------------------------------------------------------ data
-    def _source(self, stream: str, split: str) -> ShardSet | None:
+    @cache  # noqa: B019 (a task lives as long as its run)
+    def _source(self, stream: str, split: str) -> ShardSet | StreamedShards | None:
         shards = self.streams[stream][split]
-        return ShardSet(expand_shards(shards, self.data_dir)) if shards else None
+        return open_shards(expand_shards(shards, self.data_dir)) if shards else None
 
-    def dataset(self, split: str) -> StepDataset | Iterable[MaskedBatch]:
+    def dataset(self, split: str) -> StepDataset | ConcatDataset:
         """Training batches by step, or this rank's share of the validation batches, stream by stream."""
         rank, world = distributed.rank(), distributed.world_size()
         if split == "train":
             streams = {
-                name: (self._source(name, "train"), given["batch_size"], self._example(name, train=True))
+                name: (self._source(name, "train"), given["batch_size"], self._examples(name, train=True))
                 for name, given in self.streams.items()
             }
             return StepDataset(
                 streams, self.collate, seed=self.seed, accumulate=self.accumulate, rank=rank, world=world
             )
-        return list(self._val_batches(rank, world))
-
-    def _val_batches(self, rank: int, world: int) -> Iterator[MaskedBatch]:
-        for name, given in self.streams.items():
-            source = self._source(name, "val")
-            if source is not None:
-                yield from eval_batches(
-                    source,
-                    self._example(name, train=False),
-                    batch_size=given["batch_size"],
+        return ConcatDataset(
+            [
+                eval_batches(
+                    self._source(name, "val"),
+                    self._examples(name, train=False),
+                    given["batch_size"],
+                    partial(self._collate_one, name),
                     rank=rank,
                     world=world,
-                    collate=lambda examples, name=name: self.collate({name: examples}),
                 )
+                for name, given in self.streams.items()
+                if given["val"]
+            ]
+        )
 
-    def _example(self, stream: str, *, train: bool) -> Callable[[Sample, np.random.Generator], dict[str, Any]]:
-        return _Example(self, stream, train)
+    def _collate_one(self, stream: str, examples: list[dict[str, Any]]) -> MaskedBatch:
+        return self.collate({stream: examples})
 
-    def collate(
-        self, examples: Mapping[str, list[dict[str, Any]]], bad: Mapping[str, int] | None = None
-    ) -> MaskedBatch:
-        """One batch from the examples of each stream, image and text parts joined with those of the pairs."""
-        images = list(chain(examples.get("images", ()), examples.get("pairs", ())))
-        texts = list(chain(examples.get("texts", ()), examples.get("pairs", ())))
-        fields: dict[str, Any] = {}
-        if images:
-            mask = torch.from_numpy(np.stack([e["image_mask"] for e in images]))
-            fields.update(
-                images=torch.stack([e["pictures"][0] for e in images]),
-                tokenizer_images=torch.stack([e["pictures"][-1] for e in images]),
-                image_mask=mask,
-                image_positions=mask.flatten().nonzero().flatten(),
-            )
-        if texts:
-            fields.update(self._collate_texts(texts))
-        samples = {
-            term: torch.from_numpy(np.repeat(np.arange(len(found)), [int(e[mask].sum()) for e in found]))
-            for term, stream, mask in TERMS
-            if (found := examples.get(stream))
-        }
-        ids = {name: [e["id"] for e in found] for name, found in examples.items()}
-        num_pairs = len(examples.get("pairs", ()))
-        return MaskedBatch(**fields, num_pairs=num_pairs, samples=samples, ids=ids, bad=dict(bad or {}))
-
-    def _collate_texts(self, texts: list[dict[str, Any]]) -> dict[str, Tensor]:
-        length = max(len(e["text"]) for e in texts)
-        ids = np.full((len(texts), length), self.tokenizer.pad_id, dtype=np.int64)
-        padding, mask = np.ones_like(ids, dtype=bool), np.zeros_like(ids, dtype=bool)
-        for row, example in enumerate(texts):
-            n = len(example["text"])
-            ids[row, :n], padding[row, :n], mask[row, :n] = example["text"], False, example["text_mask"]
-        return {
-            "text": torch.from_numpy(np.where(mask, self.tokenizer.mask_id, ids)),
-            "text_padding": torch.from_numpy(padding),
-            "text_positions": torch.from_numpy(np.flatnonzero(mask)),
-            "text_targets": torch.from_numpy(ids[mask]),
-        }
+    def _examples(self, stream: str, *, train: bool) -> MaskedExamples:
+        return MaskedExamples(
+            stream,
+            self.tokenizer,
+            self.inputs.max_text_len,
+            self.train_pictures if train else self.val_pictures,
+            self.grid,
+            self.num_masked,
+            self.min_block,
+            self.text_mask_ratio.get(stream, 0.0),
+            train,
+        )
 
     # ----------------------------------------------------------------------------------------- model
     def model(self, encoder: Encoder) -> MaskedModelingModel:
@@ -341,7 +263,7 @@ class MaskedModeling:
             logits, targets = output.values[f"{kind}_logits"][chosen], getattr(batch, f"{kind}_targets")[chosen]
             loss = F.cross_entropy(logits.float(), targets, reduction="none")
             results[term] = (loss, logits.argmax(-1) == targets)
-        return _records(batch, results)
+        return per_sample(batch, results)
 
     def score(self, records: list[Record]) -> dict[str, float]:
         """Perplexity and accuracy of each term; ``perplexity`` is the exponent of the terms' mean loss."""
@@ -360,8 +282,8 @@ class MaskedModeling:
         return scores
 
     def baselines(self, device: torch.device) -> dict[str, float]:
-        """Perplexities of guessing by frequency alone: of codes and of pieces in the training data, one added to
-        each count, at the masked validation positions."""
+        """Perplexities of guessing by frequency alone: of codes and of pieces in the training data, at the masked
+        validation positions."""
         frequencies = {term: self._log_frequencies(term, device) for term in self.terms}
         records: list[Record] = []
         for batch in self.dataset("val"):
@@ -370,7 +292,7 @@ class MaskedModeling:
             for term, kind, chosen in batch.terms():
                 targets, scores = getattr(batch, f"{kind}_targets")[chosen], frequencies[term]
                 results[term] = (-scores[targets], targets == scores.argmax())
-            records += _records(batch, results)
+            records += per_sample(batch, results)
         return self.score(distributed.gather_records(records))
 
     @property
@@ -382,14 +304,14 @@ class MaskedModeling:
         stream = term.split("_")[0]
         is_text = term in ("texts", "pairs_text")
         size = self.tokenizer.vocab_size if is_text else self.visual_tokenizer.num_codes
-        counts = torch.ones(size, dtype=torch.float64)
+        counts = torch.full((size,), UNIGRAM_SMOOTHING, dtype=torch.float64)
         for sample in self._first_samples(stream):
             if is_text:
                 special = (self.tokenizer.bos_id, self.tokenizer.eos_id)
-                found = Counter(i for text in texts_of(sample) for i in self.tokenizer.encode(text) if i not in special)
+                found = Counter(i for text in captions(sample) for i in self.tokenizer.encode(text) if i not in special)
                 ids, times = torch.tensor(list(found)), torch.tensor(list(found.values()), dtype=torch.float64)
             else:
-                picture = self.val_pictures(image_of(sample), np.random.default_rng(0))[-1]
+                picture = self.val_pictures(sample.image(), np.random.default_rng(0))[-1]
                 self.visual_tokenizer.to(device)
                 ids = self.visual_tokenizer.tokenize(picture[None].to(device).float() / 255).flatten().cpu()
                 times = torch.ones(len(ids), dtype=torch.float64)
@@ -403,67 +325,6 @@ class MaskedModeling:
             _, index = sample_at(source.sizes, self.seed, position)
             try:
                 sample = source[index]
-                texts_of(sample) if stream == "texts" else image_of(sample)
             except BadSample:
                 continue
             yield sample
-
-
-class _Example:
-    """From a raw sample to a training example; a class, so that data workers can be sent it."""
-
-    def __init__(self, task: MaskedModeling, stream: str, train: bool) -> None:
-        self.task, self.stream, self.train = task, stream, train
-
-    def __call__(self, sample: Sample, rng: np.random.Generator) -> dict[str, Any]:
-        task = self.task
-        example: dict[str, Any] = {"id": f"{self.stream}/{sample.index:09d}"}
-        if self.stream != "texts":
-            pictures = task.train_pictures if self.train else task.val_pictures
-            example["pictures"] = pictures(image_of(sample), rng)
-            example["image_mask"] = block_mask(*task.grid, task.num_masked, task.min_block, rng).reshape(-1)
-        if self.stream != "images":
-            texts = texts_of(sample)
-            ids = task.tokenizer.encode(texts[rng.integers(len(texts))] if self.train else texts[0])
-            ids = np.asarray([*ids[:-1][: task.inputs.max_text_len - 1], ids[-1]])
-            special = (ids == task.tokenizer.bos_id) | (ids == task.tokenizer.eos_id)
-            example["text"] = ids
-            example["text_mask"] = text_mask(special, task.text_mask_ratio[self.stream], rng)
-        return example
-
-
-def image_of(sample: Sample) -> bytes:
-    """The sample's encoded picture.
-
-    Raises:
-        BadSample: it has none.
-    """
-    for extension in ("jpg", "jpeg", "png", "webp"):
-        if extension in sample.members:
-            return sample.members[extension]
-    raise BadSample(sample.shard, sample.key, "missing member", "no jpg, jpeg, png or webp")
-
-
-def texts_of(sample: Sample) -> list[str]:
-    """The sample's texts: ``captions`` of its json when given, else its txt.
-
-    Raises:
-        BadSample: there is none, or it is empty.
-    """
-    texts = sample.json().get("captions") or [sample.text()]
-    texts = [text.strip() for text in texts if text.strip()]
-    if not texts:
-        raise BadSample(sample.shard, sample.key, "empty caption", "txt holds white space only")
-    return texts
-
-
-def _records(batch: MaskedBatch, results: dict[str, tuple[Tensor, Tensor]]) -> list[Record]:
-    """One record a sample from ``(loss, right)`` of every masked position of each term."""
-    records: dict[str, Record] = {}
-    for term, (loss, right) in results.items():
-        ids = batch.ids[term.split("_")[0]]
-        values = torch.stack([loss.double(), right.double(), torch.ones_like(loss, dtype=torch.float64)], 1).cpu()
-        sums = torch.zeros(len(ids), 3, dtype=torch.float64).index_add_(0, batch.samples[term], values)
-        for identity, numbers in zip(ids, sums.tolist(), strict=True):
-            records.setdefault(identity, {"id": identity, "terms": {}})["terms"][term] = numbers
-    return list(records.values())

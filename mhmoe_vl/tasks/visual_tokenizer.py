@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import distributed
-from ..data.loader import StepDataset, eval_batches
+from ..data.loader import StepDataset, eval_batches, open_shards
 from ..data.sample import Sample
 from ..data.shards import ShardSet, expand_shards
 from ..data.transforms import ImageTransform
@@ -28,14 +27,14 @@ class PictureBatch:
 
     Attributes:
         images: ``(B, 3, H, W)`` uint8, after ``prepare`` float in [0, 1].
-        targets: ``(B, P, target_dim)``; filled by ``prepare``.
         ids: one a picture.
+        targets: ``(B, P, target_dim)``; filled by ``prepare``.
         bad: samples left out, by reason.
     """
 
     images: Tensor
+    ids: list[str]
     targets: Tensor | None = None
-    ids: list[str] = field(default_factory=list)
     bad: dict[str, int] = field(default_factory=dict)
 
     def __len__(self) -> int:
@@ -95,33 +94,23 @@ class VisualTokenizerTask:
                 f"task.model.target_dim: {model['target_dim']}, but the teacher's features are"
                 f" {self.teacher.target_dim} wide (set it to {self.teacher.target_dim})"
             )
-        size = (model["img_size"], model["img_size"])
-        self.pictures = {"train": ImageTransform(size, train=True, **augment), "val": ImageTransform(size, train=False)}
-        self.sources = {
-            split: ShardSet(expand_shards(images[split], data_dir)) for split in ("train", "val") if images[split]
-        }
+        train, val = ImageTransform(model["img_size"], train=True, **augment), ImageTransform(model["img_size"])
+        self.examples = {"train": _Example(train), "val": _Example(val)}
+        self.collate = _Collate(model["img_size"])
+        self.train_source = open_shards(expand_shards(images["train"], data_dir))
+        self.val_source = ShardSet(expand_shards(images["val"], data_dir)) if images["val"] else None
 
-    # ------------------------------------------------------------------------------------------ data
     def dataset(self, split: str) -> StepDataset | Iterable[PictureBatch]:
         """Training batches by step, or this rank's share of the validation batches."""
         place = {"rank": distributed.rank(), "world": distributed.world_size()}
-        example = partial(_example, self.pictures[split])
+        example = self.examples[split]
         if split == "train":
-            streams = {"images": (self.sources["train"], self.batch_size, example)}
-            return StepDataset(streams, self.collate, seed=self.seed, accumulate=self.accumulate, **place)
-        if "val" not in self.sources:
+            streams = {"images": (self.train_source, self.batch_size, example)}
+            return StepDataset(streams, self.collate.step, seed=self.seed, accumulate=self.accumulate, **place)
+        if self.val_source is None:
             return []
-        collate = partial(_collate_one, self.collate)
-        return list(eval_batches(self.sources["val"], example, batch_size=self.batch_size, collate=collate, **place))
+        return eval_batches(self.val_source, example, self.batch_size, self.collate, seed=self.seed, **place)
 
-    def collate(self, examples: Mapping[str, list[Any]], bad: Mapping[str, int] | None = None) -> PictureBatch:
-        """One batch from the examples of the stream ``images``."""
-        found = examples["images"]
-        size = (3, self.sizes["img_size"], self.sizes["img_size"])
-        images = torch.stack([e["image"] for e in found]) if found else torch.empty(0, *size, dtype=torch.uint8)
-        return PictureBatch(images, ids=[e["id"] for e in found], bad=dict(bad or {}))
-
-    # ----------------------------------------------------------------------------------------- model
     def model(self, encoder: nn.Module | None = None) -> VisualTokenizerModel:
         """A new tokenizer; it has its own encoder."""
         return VisualTokenizerModel(VisualTokenizer(**self.sizes))
@@ -141,7 +130,6 @@ class VisualTokenizerTask:
         error = self.teacher.error(output.values["reconstruction"], batch.targets)
         return {"reconstruction": error.sum(), "commitment": output.values["commitment_loss"].sum()}
 
-    # ------------------------------------------------------------------------------------ evaluation
     def predict(self, model: nn.Module, batch: PictureBatch) -> list[Record]:
         """Per picture: mean error over its patches, and its codes row by row."""
         output = model(batch)
@@ -164,7 +152,7 @@ class VisualTokenizerTask:
 
     def baselines(self, device: torch.device) -> dict[str, float]:
         """``reconstruction_loss`` of one answer for all patches: the mean of the validation targets."""
-        if "val" not in self.sources:
+        if self.val_source is None:
             return {}
         width = self.teacher.target_dim
         mean = self._mean_over_patches(lambda targets: targets, width, device)
@@ -181,9 +169,28 @@ class VisualTokenizerTask:
         return distributed.all_reduce_sum(total) / distributed.all_reduce_sum(count)
 
 
-def _example(pictures: ImageTransform, sample: Sample, rng: np.random.Generator) -> dict[str, Any]:
-    return {"id": f"{sample.index:09d}", "image": pictures(sample.image(), rng)[0]}
+class _Example:
+    """From a raw sample to an example; a class, so that data workers can be sent it."""
+
+    def __init__(self, pictures: ImageTransform) -> None:
+        self.pictures = pictures
+
+    def __call__(self, sample: Sample, rng: np.random.Generator) -> tuple[str, Tensor]:
+        return f"{sample.index:09d}", self.pictures(sample.image(), rng)
 
 
-def _collate_one(collate: Callable[..., PictureBatch], examples: list[dict[str, Any]]) -> PictureBatch:
-    return collate({"images": examples})
+class _Collate:
+    """Examples to a batch, which may be empty."""
+
+    def __init__(self, img_size: int) -> None:
+        self.img_size = img_size
+
+    def __call__(self, examples: list[tuple[str, Tensor]]) -> PictureBatch:
+        images = torch.empty(len(examples), 3, self.img_size, self.img_size, dtype=torch.uint8)
+        for row, (_, image) in zip(images, examples, strict=True):
+            row.copy_(image)
+        return PictureBatch(images, [identity for identity, _ in examples])
+
+    def step(self, streams: Mapping[str, list[tuple[str, Tensor]]]) -> PictureBatch:
+        """The batch of the one stream of a training step."""
+        return self(streams["images"])

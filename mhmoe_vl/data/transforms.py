@@ -1,0 +1,169 @@
+"""From encoded pictures to uint8 tensors: safe decoding, and crops and jitter from a given generator."""
+
+from __future__ import annotations
+
+import io
+import math
+import warnings
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+from torchvision.io import ImageReadMode, decode_jpeg
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms.v2 import functional
+
+from .sample import BadSample
+
+FORMATS = ("JPEG", "PNG", "WEBP")
+MAX_PIXELS = 50_000_000
+MAX_SIDE = 16_384
+CROP_ASPECT = (3 / 4, 4 / 3)
+CROP_TRIES = 10
+
+_ADJUST = (functional.adjust_brightness, functional.adjust_contrast, functional.adjust_saturation)
+Box = tuple[int, int, int, int]
+
+
+# --------------------------------------------------------------------------------------------- decoding
+def decode_image(data: bytes) -> Tensor:
+    """Decode a JPEG, PNG or WebP picture into uint8 (3, H, W), upright, in RGB.
+
+    The format is that of the content, whatever the name said. Sizes are checked from the header before anything is
+    decoded: at most 50 million pixels and 16,384 to a side. The EXIF orientation is applied; transparent pixels are
+    laid over white; 16-bit grey is scaled, not clipped; of an animation the first frame is taken; colour profiles
+    are not applied.
+
+    Raises:
+        BadSample: reason ``"image"`` (damaged, cut, another format) or ``"image size"``.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # PIL's remarks on odd metadata, and its own size warning
+            with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+                _check_size(image)
+                if image.format == "JPEG" and image.mode in ("RGB", "L"):
+                    encoded = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+                    return decode_jpeg(encoded, mode=ImageReadMode.RGB, apply_exif_orientation=True)
+                return _from_pil(image)
+    except Image.DecompressionBombError as error:
+        raise BadSample(f"picture too large: {error}", reason="image size") from error
+    except BadSample:
+        raise
+    except Exception as error:  # decoders of hostile bytes raise nearly anything
+        unknown = isinstance(error, Image.UnidentifiedImageError)
+        what = "not a JPEG, PNG or WebP picture" if unknown else "damaged picture"
+        raise BadSample(f"{what}: {type(error).__name__}, {len(data)} bytes", reason="image") from error
+
+
+def _check_size(image: Image.Image) -> None:
+    width, height = image.size
+    if not 0 < width * height <= MAX_PIXELS or max(width, height) > MAX_SIDE:
+        what = f"picture of {width} x {height} pixels (at most {MAX_PIXELS} in all and {MAX_SIDE} to a side)"
+        raise BadSample(what, reason="image size")
+
+
+def _from_pil(image: Image.Image) -> Tensor:
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I"):
+        grey = np.asarray(image).astype(np.int64)
+        image = Image.fromarray(((grey.clip(0, 65535) * 255 + 32767) // 65535).astype(np.uint8))
+    elif image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).contiguous()
+
+
+# ------------------------------------------------------------------------------------------- transforms
+class ImageTransform:
+    """Crop, flip, jitter and resize one picture (bicubic, antialiased); uint8 in, uint8 out.
+
+    In training: a random crop of ``min_crop`` to all of the area with aspect 3/4 to 4/3, then a horizontal flip, then
+    brightness, contrast and saturation each times ``1 - color_jitter .. 1 + color_jitter`` in random order. In
+    evaluation: the largest centred crop of the output's shape. With ``second_size`` the same crop, flip and
+    jitter come in two sizes, one for the model and one for its visual tokenizer.
+
+    Args:
+        img_size: pixels, or (height, width).
+        second_size: of the second output; none gives a single one.
+        train: whether to draw at random.
+        min_crop: smallest share of the area that a random crop keeps.
+        flip: probability of a flip.
+        color_jitter: strength of the jitter.
+    """
+
+    def __init__(
+        self,
+        img_size: int | tuple[int, int],
+        *,
+        second_size: int | tuple[int, int] | None = None,
+        train: bool = False,
+        min_crop: float = 0.2,
+        flip: float = 0.5,
+        color_jitter: float = 0.4,
+    ) -> None:
+        self.img_size = _pair(img_size)
+        self.second_size = None if second_size is None else _pair(second_size)
+        self.train, self.min_crop, self.flip, self.color_jitter = train, min_crop, flip, color_jitter
+
+    def __call__(self, data: bytes, rng: np.random.Generator) -> Tensor | tuple[Tensor, Tensor]:
+        """The picture as uint8 (3, H, W), or a pair of these when there is a ``second_size``.
+
+        Args:
+            data: encoded picture.
+            rng: the only source of chance; not used in evaluation.
+
+        Raises:
+            BadSample: the picture cannot be decoded.
+        """
+        image = decode_image(data)
+        aspect = self.img_size[1] / self.img_size[0]
+        if not self.train:
+            return self._sized(lambda size: _resized(image, center_box(*image.shape[1:], aspect), size))
+        box = random_box(*image.shape[1:], self.min_crop, rng)
+        flipped = rng.random() < self.flip
+        low, high = max(0.0, 1 - self.color_jitter), 1 + self.color_jitter
+        jitter = [(_ADJUST[i], rng.uniform(low, high)) for i in rng.permutation(len(_ADJUST))]
+
+        def view(size: tuple[int, int]) -> Tensor:
+            result = _resized(image, box, size)
+            result = functional.horizontal_flip(result) if flipped else result
+            for adjust, factor in jitter if self.color_jitter else ():
+                result = adjust(result, factor)
+            return result
+
+        return self._sized(view)
+
+    def _sized(self, view: Callable[[tuple[int, int]], Tensor]) -> Tensor | tuple[Tensor, Tensor]:
+        first = view(self.img_size)
+        if self.second_size is None:
+            return first
+        return first, first if self.second_size == self.img_size else view(self.second_size)
+
+
+def random_box(height: int, width: int, min_crop: float, rng: np.random.Generator) -> Box:
+    """(top, left, height, width) of a random crop: area uniform, aspect log-uniform; centred after ten misfits."""
+    for _ in range(CROP_TRIES):
+        area = height * width * rng.uniform(min_crop, 1)
+        aspect = math.exp(rng.uniform(math.log(CROP_ASPECT[0]), math.log(CROP_ASPECT[1])))
+        h, w = round(math.sqrt(area / aspect)), round(math.sqrt(area * aspect))
+        if 0 < h <= height and 0 < w <= width:
+            return int(rng.integers(0, height - h + 1)), int(rng.integers(0, width - w + 1)), h, w
+    return center_box(height, width, min(max(width / height, CROP_ASPECT[0]), CROP_ASPECT[1]))
+
+
+def center_box(height: int, width: int, aspect: float) -> Box:
+    """(top, left, height, width) of the largest centred crop with ``aspect`` = width / height."""
+    h = min(height, max(1, round(width / aspect)))
+    w = min(width, max(1, round(height * aspect)))
+    return (height - h) // 2, (width - w) // 2, h, w
+
+
+def _resized(image: Tensor, box: Box, size: tuple[int, int]) -> Tensor:
+    return functional.resized_crop(image, *box, size, interpolation=InterpolationMode.BICUBIC, antialias=True)
+
+
+def _pair(size: int | tuple[int, int]) -> tuple[int, int]:
+    return (size, size) if isinstance(size, int) else (size[0], size[1])

@@ -1,0 +1,1 @@
+"""Encoders, heads, tokenizers and detectors, and how they are made, loaded and converted."""

@@ -1,0 +1,201 @@
+"""Rows to experts and back: one sort, one gather there, one gather per choice back.
+
+Choices are laid out in *slots*, all slots of an expert adjacent. Three ways multiply the slots with their experts'
+matrices; :func:`choose_path` names the rule. No (T, E, C) mask is ever made, and no gradient needs a scattered
+addition, so results repeat bit for bit.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+
+Path = Literal["grouped", "split", "tiles"]
+
+TILE = 64
+"""rows of a tile"""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Where every choice goes. R = T K choices; P slots, P = R but on the path of tiles.
+
+    Attributes:
+        path: how slots meet their experts' matrices.
+        row: (P,) int64, row that a slot copies (row 0 for slots that only fill a tile).
+        slot: (K, T) int64, slot of every choice.
+        choice: (P,) int64, flat index into (K, T) of a slot's choice; R for slots that only fill a tile.
+        rank: (K, T) int64, how many choices of the same expert come before: first choices first, then row order.
+        expert: (P,) int64, expert of a slot.
+        ends: (E,) int32, slots of experts 0..e together.
+        sizes: slots of each expert on the host; on the path ``split`` only.
+    """
+
+    path: Path
+    row: Tensor
+    slot: Tensor
+    choice: Tensor
+    rank: Tensor
+    expert: Tensor
+    ends: Tensor
+    sizes: list[int]
+
+
+def choose_path(device_type: str, dtype: torch.dtype, num_experts: int, in_dim: int, hidden_dim: int) -> Path:
+    """The way to multiply.
+
+    * ``tiles`` for many thin experts in bfloat16 on a CPU, where a loop over experts, which grouped products are
+      there, costs more than the products: up to 4 times. The bound (at least 32 experts of at most 2^15 weights a
+      matrix) was measured with one thread; in float32 tiles lose.
+    * ``grouped`` (``F.grouped_mm``) elsewhere, if it takes the type and both widths: rows of matrices must be
+      multiples of 16 bytes, float64 is refused, and so are 1,024 experts on a GPU.
+    * ``split``, a loop over experts, for all the rest. It must know the sizes, so a GPU waits for it.
+    """
+    if device_type == "cpu" and dtype == torch.bfloat16 and num_experts >= 32 and in_dim * hidden_dim <= 2**15:
+        return "tiles"
+    widths_fit = all(width * dtype.itemsize % 16 == 0 for width in (in_dim, hidden_dim))
+    types_fit = dtype in (torch.float32, torch.bfloat16, torch.float16)
+    if hasattr(F, "grouped_mm") and types_fit and widths_fit and num_experts < 1024:
+        return "grouped"
+    return "split"
+
+
+def make_plan(experts: Tensor, num_experts: int, path: Path) -> Plan:
+    """The layout of the choices ``experts`` (T, K) in slots."""
+    K, T = experts.shape[1], experts.shape[0]
+    flat = experts.t().reshape(-1)
+    expert, choice = flat.sort(stable=True)
+    ends = torch.searchsorted(expert, torch.arange(num_experts, device=flat.device), right=True)
+    starts = torch.cat([ends.new_zeros(1), ends[:-1]])
+    within = torch.arange(K * T, device=flat.device) - starts[expert]
+    order = torch.empty_like(choice).scatter_(0, choice, torch.arange(K * T, device=flat.device))
+    rank = within[order].view(K, T)
+    if path == "tiles":
+        return _tile(choice, expert, within, order, rank, ends - starts, T)
+    sizes = (ends - starts).tolist() if path == "split" else []
+    return Plan(path, choice % max(T, 1), order.view(K, T), choice, rank, expert, ends.int(), sizes)
+
+
+def _tile(
+    choice: Tensor, expert: Tensor, within: Tensor, order: Tensor, rank: Tensor, counts: Tensor, num_rows: int
+) -> Plan:
+    """Slots of every expert filled up to whole tiles. The number of slots is read from the tensor: CPU only."""
+    ends = ((counts + TILE - 1) // TILE * TILE).cumsum(0)
+    starts = torch.cat([ends.new_zeros(1), ends[:-1]])
+    num_slots = int(ends[-1])
+    slot_of = starts[expert] + within
+    slot_choice = choice.new_full((num_slots,), len(choice)).scatter_(0, slot_of, choice)
+    row = torch.where(slot_choice < len(choice), slot_choice % max(num_rows, 1), 0)
+    slot_expert = torch.searchsorted(ends, torch.arange(num_slots, device=ends.device), right=True)
+    return Plan("tiles", row, slot_of[order].view_as(rank), slot_choice, rank, slot_expert, ends.int(), [])
+
+
+class _Permute(Function):
+    """Rows (T, d) copied to slots (P, d). The gradient of a row is the sum over its choices, each a gather."""
+
+    @staticmethod
+    def forward(ctx, rows: Tensor, plan: Plan) -> Tensor:
+        ctx.plan = plan
+        return rows[plan.row]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor):
+        total = grad[ctx.plan.slot[0]]
+        for slot in ctx.plan.slot[1:]:
+            total += grad[slot]
+        return total, None
+
+
+class _Combine(Function):
+    """out[t] = sum_k gates[t, k] y[slot[k, t]]: slots (P, d) and gates (T, K) to rows (T, d)."""
+
+    @staticmethod
+    def forward(ctx, y: Tensor, gates: Tensor, plan: Plan) -> Tensor:
+        ctx.plan = plan
+        ctx.save_for_backward(y, gates)
+        weights = gates.to(y.dtype)
+        out = y[plan.slot[0]] * weights[:, :1]
+        for k in range(1, len(plan.slot)):
+            out.addcmul_(y[plan.slot[k]], weights[:, k : k + 1])
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor):
+        plan, (y, gates) = ctx.plan, ctx.saved_tensors
+        # The appended zero is the weight of slots that only fill a tile.
+        weights = torch.cat([gates.t().reshape(-1), gates.new_zeros(1)]).to(y.dtype)
+        grad_y = grad[plan.row] * weights[plan.choice].unsqueeze(1)
+        dots = [(y[slot] * grad).sum(-1, dtype=gates.dtype) for slot in plan.slot]
+        return grad_y, torch.stack(dots, 1), None
+
+
+class _GroupBias(Function):
+    """y = x + bias[expert of the slot]. The gradient of the bias is a grouped product with ones: exact order, float32
+    sums also for bfloat16."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, bias: Tensor, plan: Plan) -> Tensor:
+        ctx.plan = plan
+        return x + bias[plan.expert]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor):
+        ones = grad.new_ones(len(grad), 16 // grad.itemsize)
+        return grad, F.grouped_mm(ones.t(), grad.contiguous(), offs=ctx.plan.ends)[:, 0], None
+
+
+class _TileWeights(Function):
+    """A copy of its expert's matrix (or bias) for every tile, in ``dtype``; gradients are added in the weights' own."""
+
+    @staticmethod
+    def forward(ctx, weight: Tensor, expert: Tensor, dtype: torch.dtype) -> Tensor:
+        ctx.save_for_backward(expert)
+        ctx.shape, ctx.dtype = weight.shape, weight.dtype
+        return weight.to(dtype)[expert]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor):
+        (expert,) = ctx.saved_tensors
+        total = torch.zeros(ctx.shape, dtype=ctx.dtype, device=grad.device)
+        return total.index_add_(0, expert, grad.to(ctx.dtype)), None, None
+
+
+def permute(rows: Tensor, plan: Plan) -> Tensor:
+    """Rows (T, d) in the order of the slots: (P, d)."""
+    return _Permute.apply(rows, plan)
+
+
+def combine(y: Tensor, gates: Tensor, plan: Plan) -> Tensor:
+    """Weighted sum of every row's experts: slots (P, d) and gates (T, K) to (T, d)."""
+    return _Combine.apply(y, gates, plan)
+
+
+def expert_linear(x: Tensor, weight: Tensor, bias: Tensor | None, plan: Plan) -> Tensor:
+    """Every slot times its expert's matrix: x (P, in), weight (E, in, out), bias (E, out) -> (P, out).
+
+    Weights are cast to the type of ``x``: autocast does not know grouped products.
+    """
+    if plan.path == "tiles":
+        tile_expert = plan.expert[::TILE]
+        tiles, tile_weight = x.view(-1, TILE, x.shape[1]), _TileWeights.apply(weight, tile_expert, x.dtype)
+        if bias is None:
+            return torch.bmm(tiles, tile_weight).flatten(0, 1)
+        tile_bias = _TileWeights.apply(bias, tile_expert, x.dtype).unsqueeze(1)
+        return torch.baddbmm(tile_bias, tiles, tile_weight).flatten(0, 1)
+    weight, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
+    if plan.path == "grouped":
+        y = F.grouped_mm(x, weight, offs=plan.ends)
+        return y if bias is None else _GroupBias.apply(y, bias, plan)
+    biases = [None] * len(weight) if bias is None else bias.unbind(0)
+    parts = zip(x.split(plan.sizes), weight.unbind(0), biases, strict=True)
+    return torch.cat([F.linear(rows, w.t(), b) for rows, w, b in parts])

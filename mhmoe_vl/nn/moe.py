@@ -1,0 +1,330 @@
+"""Mixture of experts over whole tokens, and the machinery that every sparse layer is made of."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..distributed import all_reduce_sum
+from ..errors import ConfigError
+from .dispatch import combine, make_plan, permute
+from .experts import Experts
+from .feed_forward import Activation, FeedForward, FFNLayer, FFNOutput
+from .router import DEFAULT_ROUTER, RouterScores, Routing, RoutingStats, build_router, choose_experts, count_experts
+
+BalanceShare = Literal["first", "all"]
+
+
+class Rows(NamedTuple):
+    """The routed rows of several streams, one after the other: all sub-tokens of all tokens that are not padding.
+
+    Attributes:
+        x: (T, d).
+        tokens: per stream, positions of its tokens in the flattened stream; None means all of them.
+        sizes: per stream, its number of rows.
+    """
+
+    x: Tensor
+    tokens: list[Tensor | None]
+    sizes: list[int]
+
+
+class RoutedExperts(nn.Module):
+    """Router and experts over rows of sub-tokens: what MoE and MH-MoE share.
+
+    o = sum over the chosen p of g_p f_p(x) (paper 1 Eqs. 4-5; paper 2 Eqs. 2-3), with ``residual`` x + that sum.
+
+    *Balance loss* (paper 1 Eq. 8, written as the released code computes it): E sum_p c_p P_p, where c_p is the share
+    of rows whose first choice is p (``balance_share`` ``all``: the share of all choices) and P_p the mean over rows of
+    the router's softmax over all experts, never of the renormalised gates; 1 at perfect balance. X-MoE's router takes
+    its fixed first temperature here; a sigmoid gate takes the softmax of the same logits. With
+    ``balance_per_modality`` the loss is formed for each stream alone and averaged over the streams that have rows.
+    *z-loss*: mean over rows of logsumexp(logits)^2. In training both are formed from sums over the rows of all ranks
+    (so every rank must call the layer equally often); in evaluation from this rank's rows, as ranks may then have
+    unequal numbers of batches. Without rows both are 0.
+
+    *Bias balancing* (``balance_bias_rate`` > 0): the buffer ``balance_bias`` is added to the gates for choosing only.
+    Each time a gradient reaches the router, the bias of every expert with less than the mean load (all choices, all
+    ranks) grows by the rate and that of every one with more shrinks by it. The balance loss is then still reported but
+    carries no gradient.
+
+    *Capacity* (``capacity_factor``): in training an expert takes at most ceil(capacity_factor K T / E) choices of this
+    call on this rank; all first choices come before second ones, each in row order. A dropped choice adds zero, and
+    the row's other gates stay as they are. The released code's rule is a factor of 1 on top of its k; we drop
+    nothing by default.
+
+    Args:
+        row_dim: width of a row.
+        residual: add each row to its experts' sum.
+        Others: see :class:`MoE`; ``hidden_dim`` is a number here.
+    """
+
+    def __init__(
+        self,
+        row_dim: int,
+        *,
+        num_experts: int,
+        hidden_dim: int,
+        top_k: int,
+        activation: Activation,
+        bias: bool,
+        router: Mapping[str, Any],
+        normalize_gates: bool,
+        capacity_factor: float | None,
+        balance_share: BalanceShare,
+        balance_per_modality: bool,
+        balance_bias_rate: float,
+        residual: bool = False,
+    ) -> None:
+        super().__init__()
+        if not 1 <= top_k <= num_experts:
+            raise ConfigError(f"ffn: top_k {top_k} does not fit num_experts {num_experts} (choose 1 to {num_experts})")
+        if balance_share not in ("first", "all"):
+            raise ConfigError(f"ffn: balance_share {balance_share!r} is unknown (choose first or all)")
+        self.num_experts, self.top_k = num_experts, top_k
+        self.normalize_gates, self.residual = normalize_gates, residual
+        self.capacity_factor = capacity_factor
+        self.balance_share, self.balance_per_modality = balance_share, balance_per_modality
+        self.balance_bias_rate = balance_bias_rate
+        self.router = build_router(row_dim, num_experts, **router)
+        self.experts = Experts(row_dim, num_experts, hidden_dim, activation=activation, bias=bias)
+        self.register_buffer("balance_bias", torch.zeros(num_experts) if balance_bias_rate else None)
+
+    def forward(
+        self, subtokens: Sequence[Tensor], paddings: Sequence[Tensor | None], *, return_routing: bool = False
+    ) -> FFNOutput:
+        """Mixes the experts' outputs.
+
+        Args:
+            subtokens: streams of sub-tokens (..., S, d).
+            paddings: for every stream bool (...) or None; padding is not routed and comes out as zero.
+            return_routing: return every choice too.
+        """
+        rows = gather_rows(subtokens, paddings)
+        scores = self.router(rows.x)
+        experts, gates = choose_experts(
+            scores.logits,
+            self.router.gates(scores.logits),
+            self.top_k,
+            normalize=self.normalize_gates,
+            bias=self.balance_bias,
+        )
+        mixed, kept = self._mix(rows.x, experts, gates)
+        probabilities = scores.logits.softmax(-1)
+        stats = self._stats(rows, probabilities, experts, kept)
+        aux_losses = self._aux_losses(rows, scores, probabilities, experts)
+        if self.balance_bias is not None and self.training and scores.logits.requires_grad:
+            self._follow_load(scores.logits, stats.load.sum(0))
+        outputs = scatter_rows(mixed, rows, subtokens)
+        routing = None
+        if return_routing:
+            routing = Routing(scores.logits, probabilities, experts, gates, kept, *locate_rows(rows, subtokens))
+        return FFNOutput(outputs, aux_losses, routing, stats)
+
+    def _mix(self, x: Tensor, experts: Tensor, gates: Tensor) -> tuple[Tensor, Tensor]:
+        """Rows through their experts, (T, d), and which choices capacity kept, (T, K)."""
+        x = x.to(_compute_dtype(x))
+        plan = make_plan(experts, self.num_experts, self.experts.path(x))
+        kept = torch.ones_like(experts, dtype=torch.bool)
+        if self.training and self.capacity_factor is not None:
+            # The small step down keeps products such as 1.1 * 10 from being rounded up past a whole number.
+            capacity = math.ceil(self.capacity_factor * experts.numel() / self.num_experts - 1e-9)
+            kept = plan.rank.t() < capacity
+        mixed = combine(self.experts(permute(x, plan), plan), gates * kept, plan)
+        return (x + mixed if self.residual else mixed), kept
+
+    @torch.no_grad()
+    def _stats(self, rows: Rows, probabilities: Tensor, experts: Tensor, kept: Tensor) -> RoutingStats:
+        load = torch.stack([count_experts(part, self.num_experts) for part in experts.split(rows.sizes)])
+        entropy = torch.special.entr(probabilities).sum() / max(len(experts), 1)
+        return RoutingStats(load, entropy.float(), (~kept).sum(), torch.full_like(load[0, 0], len(experts)))
+
+    def _aux_losses(
+        self, rows: Rows, scores: RouterScores, probabilities: Tensor, experts: Tensor
+    ) -> dict[str, Tensor]:
+        """Balance loss and z-loss; all sums over rows go through one reduction over ranks."""
+        E = self.num_experts
+        if scores.balance_logits is not scores.logits:
+            probabilities = scores.balance_logits.softmax(-1)
+        counted = experts[:, :1] if self.balance_share == "first" else experts
+        loads = [count_experts(part, E) for part in counted.split(rows.sizes)]
+        sums = [part.sum(0) for part in probabilities.split(rows.sizes)]
+        z_sum = scores.logits.logsumexp(-1).square().sum()
+        flat = torch.cat([*loads, *sums, z_sum.view(1), probabilities.new_tensor(rows.sizes)])
+        flat = all_reduce_sum(flat) if self.training else flat
+        load, total, z_sum, num_rows = flat.split([len(loads) * E, len(loads) * E, 1, len(loads)])
+        balance = self._balance_loss(load.view(-1, E), total.view(-1, E), num_rows.unsqueeze(1))
+        return {
+            "balance_loss": balance if self.balance_bias is None else balance.detach(),
+            "z_loss": z_sum.squeeze(0) / num_rows.sum().clamp_min(1),
+        }
+
+    def _balance_loss(self, load: Tensor, total: Tensor, num_rows: Tensor) -> Tensor:
+        """From first choices and sums of probabilities, (streams, E), and rows per stream, (streams, 1)."""
+        if not self.balance_per_modality:
+            load, total, num_rows = (x.sum(0, keepdim=True) for x in (load, total, num_rows))
+        choices = num_rows if self.balance_share == "first" else num_rows * self.top_k
+        per_stream = self.num_experts * (load / choices.clamp_min(1) * total / num_rows.clamp_min(1)).sum(-1)
+        return per_stream.sum() / (num_rows > 0).sum().clamp_min(1)
+
+    def _follow_load(self, logits: Tensor, load: Tensor) -> None:
+        """Arranges that ``balance_bias`` moves against ``load`` (E,) when the backward pass reaches the router: once
+        for every pass that trains, also where activations are recomputed."""
+        load = all_reduce_sum(load.to(self.balance_bias.dtype))
+        step = self.balance_bias_rate * torch.sign(load.mean() - load)
+        logits.register_hook(lambda grad: self._move_bias(step))
+
+    def _move_bias(self, step: Tensor) -> None:
+        self.balance_bias.add_(step)
+
+    def no_weight_decay(self) -> set[str]:
+        """Biases of experts, which have two axes, and the router's temperature, which has none."""
+        return {name for name, _ in self.named_parameters() if name.endswith(("_bias", "log_temperature"))}
+
+    def extra_repr(self) -> str:
+        shown = f"top_k={self.top_k}, normalize_gates={self.normalize_gates}, residual={self.residual}"
+        return f"{shown}, capacity_factor={self.capacity_factor}, balance_bias_rate={self.balance_bias_rate}"
+
+
+class SparseLayer(FFNLayer):
+    """A layer with :class:`RoutedExperts` as ``routed`` and, beside them, shared experts that see every whole token."""
+
+    routed: RoutedExperts
+
+    def _build_shared(self, dim: int, num_shared: int, hidden_dim: int, activation: Activation, bias: bool) -> None:
+        options = {"hidden_dim": hidden_dim, "activation": activation, "bias": bias}
+        self.shared_experts = nn.ModuleList(FeedForward(dim, **options) for _ in range(num_shared))
+
+    def add_shared(self, y: Tensor, x: Tensor) -> Tensor:
+        """``y`` plus the outputs of all shared experts for the tokens ``x``."""
+        for expert in self.shared_experts:
+            y = y + expert.transform(x)
+        return y
+
+    def no_weight_decay(self) -> set[str]:
+        """See :meth:`RoutedExperts.no_weight_decay`."""
+        return {f"routed.{name}" for name in self.routed.no_weight_decay()}
+
+
+class MoE(SparseLayer):
+    """Sparse mixture of experts: y = sum over the ``top_k`` chosen p of g_p f_p(x), plus shared experts.
+
+    ``router: {kind: cosine}`` makes it X-MoE. Fine-grained MoE is more and narrower experts with a larger ``top_k``.
+    Paper 1 (Eq. 2) prints the token itself as a term of the sum; its code and paper 2 do not have it, and neither do
+    we: the block's residual is the only one.
+
+    Args:
+        dim: width of a token.
+        num_experts: E.
+        hidden_dim: inner width of an expert; None means 4 ``dim``.
+        top_k: experts chosen per token.
+        activation: ``gelu``, ``relu`` or ``swiglu``, of experts.
+        bias: biases on the experts' matrices.
+        router: ``{"kind": "linear" | "cosine", ...}``, the options of :class:`~mhmoe_vl.nn.router.LinearRouter` or
+            :class:`~mhmoe_vl.nn.router.CosineRouter`.
+        normalize_gates: divide the gates of the chosen experts by their sum (our default; the papers' equations and
+            the released code keep raw ones). Never done for ``top_k`` 1.
+        num_shared_experts: experts that every token passes.
+        shared_hidden_dim: inner width of a shared expert; None means ``hidden_dim``.
+        capacity_factor: see :class:`RoutedExperts`; None drops nothing.
+        balance_share: ``first`` or ``all``, the choices that the balance loss counts.
+        balance_per_modality: form the balance loss for every stream alone.
+        balance_bias_rate: step of bias balancing; 0 is off.
+
+    Raises:
+        ConfigError: values that do not fit each other.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        num_experts: int = 8,
+        hidden_dim: int | None = None,
+        top_k: int = 1,
+        activation: Activation = "gelu",
+        bias: bool = True,
+        router: Mapping[str, Any] = DEFAULT_ROUTER,
+        normalize_gates: bool = True,
+        num_shared_experts: int = 0,
+        shared_hidden_dim: int | None = None,
+        capacity_factor: float | None = None,
+        balance_share: BalanceShare = "first",
+        balance_per_modality: bool = False,
+        balance_bias_rate: float = 0.0,
+    ) -> None:
+        super().__init__()
+        hidden_dim = hidden_dim or 4 * dim
+        self.routed = RoutedExperts(
+            dim,
+            num_experts=num_experts,
+            hidden_dim=hidden_dim,
+            top_k=top_k,
+            activation=activation,
+            bias=bias,
+            router=router,
+            normalize_gates=normalize_gates,
+            capacity_factor=capacity_factor,
+            balance_share=balance_share,
+            balance_per_modality=balance_per_modality,
+            balance_bias_rate=balance_bias_rate,
+        )
+        self._build_shared(dim, num_shared_experts, shared_hidden_dim or hidden_dim, activation, bias)
+
+    def forward_streams(
+        self,
+        xs: Sequence[Tensor],
+        paddings: Sequence[Tensor | None] | None = None,
+        *,
+        return_routing: bool = False,
+    ) -> FFNOutput:
+        """See :class:`~mhmoe_vl.nn.feed_forward.FFNLayer`. Padding comes out as the shared experts' share alone."""
+        rows = [x.unsqueeze(-2) for x in xs]
+        mixed = self.routed(rows, paddings or [None] * len(xs), return_routing=return_routing)
+        return mixed._replace(x=[self.add_shared(y.squeeze(-2), x) for y, x in zip(mixed.x, xs, strict=True)])
+
+
+def gather_rows(subtokens: Sequence[Tensor], paddings: Sequence[Tensor | None]) -> Rows:
+    """All streams (..., S, d) as one tensor of rows, padding left out. A GPU waits once for each mask of padding."""
+    parts, tokens = [], []
+    for x, padding in zip(subtokens, paddings, strict=True):
+        flat = x.reshape(-1, *x.shape[-2:])
+        kept = None if padding is None else (~padding.reshape(-1)).nonzero().squeeze(1)
+        parts.append((flat if kept is None else flat[kept]).flatten(0, 1))
+        tokens.append(kept)
+    return Rows(parts[0] if len(parts) == 1 else torch.cat(parts), tokens, [len(part) for part in parts])
+
+
+def scatter_rows(x: Tensor, rows: Rows, like: Sequence[Tensor]) -> list[Tensor]:
+    """The inverse of :func:`gather_rows` for the outputs ``x`` (T, d); padding becomes zero."""
+    streams = []
+    for part, tokens, stream in zip(x.split(rows.sizes), rows.tokens, like, strict=True):
+        part = part.view(-1, *stream.shape[-2:])
+        if tokens is not None:
+            part = part.new_zeros(stream.shape[:-2].numel(), *stream.shape[-2:]).index_copy(0, tokens, part)
+        streams.append(part.view(stream.shape))
+    return streams
+
+
+def locate_rows(rows: Rows, subtokens: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """Stream, token and sub-token number of every row: three (T,) int64."""
+    streams, tokens, pieces = [], [], []
+    for number, (kept, x) in enumerate(zip(rows.tokens, subtokens, strict=True)):
+        S = x.shape[-2]
+        token = torch.arange(x.shape[:-2].numel(), device=x.device) if kept is None else kept
+        streams.append(token.new_full((len(token) * S,), number))
+        tokens.append(token.repeat_interleave(S))
+        pieces.append(torch.arange(S, device=x.device).repeat(len(token)))
+    return torch.cat(streams), torch.cat(tokens), torch.cat(pieces)
+
+
+def _compute_dtype(x: Tensor) -> torch.dtype:
+    """The type in which experts multiply: autocast's where it is on, else that of ``x``."""
+    device = x.device.type
+    if x.dtype == torch.float64 or not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+        return x.dtype
+    return torch.get_autocast_dtype(device)

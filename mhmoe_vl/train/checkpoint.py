@@ -1,0 +1,276 @@
+"""Checkpoints: folders of safetensors and JSON that are whole or not there.
+
+::
+
+    checkpoints/last, previous, best, step-00000100     each:
+        model.safetensors  ema.safetensors (optional)  optimizer.safetensors
+        state.json         counters, versions
+        config.yaml        of the run
+        checksums.json     SHA-256 of every file above
+        COMPLETE           SHA-256 of checksums.json, written last
+
+A checkpoint is written under a ``.tmp`` name, flushed to disk and renamed; ``last`` becomes ``previous`` only after
+the new one is complete. ``best`` and ``step-...`` are hard links to the same files. Nothing is ever unpickled.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from .. import __version__, distributed
+from ..errors import CheckpointError, one_line
+
+FORMAT = 1
+SHOWN = 5
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A verified checkpoint in memory.
+
+    Attributes:
+        path: where it was read from.
+        state: contents of ``state.json``.
+        tensors: named CPU tensors by part: ``model``, ``optimizer``, and ``ema`` when there is one.
+    """
+
+    path: Path
+    state: dict[str, Any]
+    tensors: dict[str, dict[str, Tensor]]
+
+    @property
+    def weights(self) -> dict[str, Tensor]:
+        """The weights to use the model with: the moving average where one was kept."""
+        return self.tensors.get("ema", self.tensors["model"])
+
+
+# ------------------------------------------------------------------------------------------- writing
+def save(root: Path, parts: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any], config: str) -> Path:
+    """Write ``root/last``; the one that stood there becomes ``root/previous``.
+
+    Args:
+        root: the run's ``checkpoints`` folder.
+        parts: named tensors of each file, without its ending; ``model`` is required.
+        state: JSON values; format and versions are added.
+        config: YAML text of the run's configuration.
+
+    Raises:
+        CheckpointError: weights are not finite.
+        OSError: the disk is full or cannot be written; what stood there is untouched.
+    """
+    for part, tensors in parts.items():
+        _refuse_non_finite(tensors, f"{root}: {part}")
+    root.mkdir(parents=True, exist_ok=True)
+    recover(root)
+    folder = root / "last.tmp"
+    try:
+        _write(folder, parts, state, config)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise OSError(one_line(error)) from error
+    _replace(folder, root / "last", root / "previous")
+    return root / "last"
+
+
+def _write(folder: Path, parts: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any], config: str) -> None:
+    folder.mkdir()
+    for part, tensors in parts.items():
+        save_file(_separate(tensors), folder / f"{part}.safetensors")
+    versions = {"format": FORMAT, "package": __version__, "torch": str(torch.__version__)}
+    (folder / "state.json").write_text(json.dumps({**versions, **state}, indent=1))
+    (folder / "config.yaml").write_text(config)
+    checksums = json.dumps({path.name: _sha256(path) for path in sorted(folder.iterdir())}, indent=1)
+    (folder / "checksums.json").write_text(checksums)
+    for path in (*folder.iterdir(), folder):
+        _flush(path)
+    (folder / "COMPLETE").write_text(hashlib.sha256(checksums.encode()).hexdigest())
+    _flush(folder / "COMPLETE")
+    _flush(folder)
+
+
+def link(checkpoint: Path, name: str) -> None:
+    """Make ``name`` beside ``checkpoint`` a second name of it: hard links where the file system has them."""
+    folder = checkpoint.with_name(f"{name}.tmp")
+    folder.mkdir()
+    for path in checkpoint.iterdir():
+        try:
+            os.link(path, folder / path.name)
+        except OSError:
+            shutil.copy2(path, folder / path.name)
+    _flush(folder)
+    _replace(folder, checkpoint.with_name(name), checkpoint.with_name(f"{name}.old"))
+    shutil.rmtree(checkpoint.with_name(f"{name}.old"), ignore_errors=True)
+
+
+def recover(root: Path) -> None:
+    """Tidy up after a process that was killed while saving: finish the renames it began, drop what is incomplete."""
+    for folder in sorted(root.glob("*.tmp")) + sorted(root.glob("*.old")):
+        final = folder.with_suffix("")
+        if (folder / "COMPLETE").is_file() and not final.exists():
+            folder.rename(final)
+        else:
+            shutil.rmtree(folder)
+
+
+def _replace(new: Path, final: Path, old: Path) -> None:
+    if final.exists():
+        if old.exists():
+            shutil.rmtree(old)
+        final.rename(old)
+    new.rename(final)
+    _flush(final.parent)
+
+
+def _separate(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """CPU copies where the file format needs them: it refuses tensors that share memory, such as tied weights."""
+    seen: set[int] = set()
+    result = {}
+    for name, tensor in tensors.items():
+        tensor = tensor.detach().cpu().contiguous()
+        result[name] = tensor.clone() if tensor.untyped_storage().data_ptr() in seen else tensor
+        seen.add(tensor.untyped_storage().data_ptr())
+    return result
+
+
+def _refuse_non_finite(tensors: Mapping[str, Tensor], place: str) -> None:
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise CheckpointError(f"{place}: {name!r} is not finite (go back to an earlier checkpoint)")
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+# ------------------------------------------------------------------------------------------- reading
+def verify(path: Path) -> None:
+    """Hold a checkpoint to its checksums.
+
+    Raises:
+        CheckpointError: it is unfinished, or a file is missing or damaged.
+    """
+    try:
+        listed = (path / "checksums.json").read_bytes()
+        complete = (path / "COMPLETE").read_text(encoding="utf-8", errors="replace")
+        if complete.strip() != hashlib.sha256(listed).hexdigest():
+            raise CheckpointError(f"{path}/checksums.json: damaged (take another checkpoint)")
+        checksums = json.loads(listed)
+        if not {"model.safetensors", "state.json"} <= checksums.keys():
+            raise CheckpointError(f"{path}/checksums.json: model or state is not listed (take another checkpoint)")
+        for name, expected in checksums.items():
+            if Path(name).name != name or _sha256(path / name) != expected:
+                raise CheckpointError(f"{path}/{name}: damaged, its checksum differs (take another checkpoint)")
+    except OSError as error:
+        missing = one_line(error.filename or path)
+        raise CheckpointError(f"{missing}: {error.strerror}: not a whole checkpoint (take another one)") from error
+
+
+def read(path: Path) -> Checkpoint:
+    """The checkpoint in folder ``path``, verified.
+
+    Raises:
+        CheckpointError: it is not whole, comes from a later version, or holds values that are not finite.
+    """
+    verify(path)
+    state = json.loads((path / "state.json").read_bytes())
+    if state["format"] > FORMAT:
+        made = one_line(state.get("package"), 20)
+        raise CheckpointError(f"{path}: made by mhmoe_vl {made}, this is {__version__} (upgrade)")
+    try:
+        tensors = {file.stem: load_file(file) for file in sorted(path.glob("*.safetensors"))}
+    except SafetensorError as error:
+        raise CheckpointError(f"{path}: {one_line(error)} (take another checkpoint)") from error
+    for part, values in tensors.items():
+        _refuse_non_finite(values, f"{path}/{part}.safetensors")
+    return Checkpoint(path, state, tensors)
+
+
+def newest(root: Path, say: Callable[[str], None]) -> Checkpoint | None:
+    """The newest whole checkpoint below ``root``; damaged ones are passed over and told to ``say``. None when empty.
+
+    Raises:
+        CheckpointError: there are checkpoints, but none is whole.
+    """
+    if not root.is_dir():
+        return None
+    recover(root)
+    folders = sorted((path for path in root.iterdir() if path.is_dir()), key=_order, reverse=True)
+    reasons = []
+    for folder in folders:
+        try:
+            return read(folder)
+        except CheckpointError as error:
+            say(f"warning: {error}")
+            reasons.append(str(error))
+    if reasons:
+        raise CheckpointError(f"{root}: none of {len(reasons)} checkpoints can be used; the newest: {reasons[0]}")
+    return None
+
+
+def _order(path: Path) -> tuple[int, str]:
+    try:
+        return int(json.loads((path / "state.json").read_bytes())["step"]), path.name
+    except (OSError, ValueError, KeyError, TypeError):
+        return -1, path.name
+
+
+def share(find: Callable[[], Checkpoint | None]) -> Checkpoint | None:
+    """What ``find`` gives on rank 0, on every rank: the others need not see the files, and cannot find another one."""
+    found = []
+
+    def look() -> list[Any] | None:
+        found.append(find())
+        return found[0] and [str(found[0].path), found[0].state]
+
+    header = distributed.on_main(look)
+    if header is None:
+        return None
+    parts = found[0].tensors if found else {}
+    flat = distributed.broadcast_tensors({f"{p}/{name}": value for p in parts for name, value in parts[p].items()})
+    tensors: dict[str, dict[str, Tensor]] = {}
+    for place, value in flat.items():
+        part, _, name = place.partition("/")
+        tensors.setdefault(part, {})[name] = value
+    return Checkpoint(Path(header[0]), header[1], tensors)
+
+
+def load_weights(model: nn.Module, tensors: Mapping[str, Tensor], source: Path) -> None:
+    """Fill ``model`` with ``tensors``; every name and shape must fit.
+
+    Raises:
+        CheckpointError: names the first few that do not, with both shapes.
+    """
+    wanted = model.state_dict()
+    wrong = [f"{name} is missing" for name in wanted.keys() - tensors.keys()]
+    wrong += [f"{name} is not in the model" for name in tensors.keys() - wanted.keys()]
+    for name in wanted.keys() & tensors.keys():
+        ours, theirs = wanted[name], tensors[name]
+        if ours.shape != theirs.shape:
+            wrong.append(f"{name} is {tuple(theirs.shape)}, the model has {tuple(ours.shape)}")
+        elif ours.is_floating_point() != theirs.is_floating_point():
+            wrong.append(f"{name} is {theirs.dtype}, the model has {ours.dtype}")
+    if wrong:
+        first = f"{min(SHOWN, len(wrong))} of {len(wrong)} weights that do not fit"
+        raise CheckpointError(f"{source}: {first}: {'; '.join(sorted(wrong)[:SHOWN])} (use the run's config.yaml)")
+    model.load_state_dict(dict(tensors))

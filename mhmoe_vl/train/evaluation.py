@@ -1,0 +1,58 @@
+"""Predictions of a split, exact on any number of processes and for any last batch."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from .. import distributed
+from ..tasks.base import Batch, Record, Task
+
+
+def predict(
+    task: Task,
+    model: nn.Module,
+    batches: Iterable[Batch],
+    device: torch.device,
+    autocast: Callable[[], AbstractContextManager],
+    stopped: Callable[[], bool] = lambda: False,
+) -> list[Record]:
+    """The records of all ranks, one per ``id``, sorted by it; the same list on every rank.
+
+    ``batches`` are this rank's share; ranks may hold different numbers of them. Evaluation ends early, with what it
+    has, once ``stopped()``.
+    """
+    records: list[Record] = []
+    was_training = model.training
+    model.eval()
+    with torch.no_grad(), distributed.independent():
+        for batch in batches:
+            if stopped():
+                break
+            batch = task.prepare(batch, device)
+            with autocast():
+                records += task.predict(model, batch)
+    model.train(was_training)
+    unique = {record["id"]: record for record in distributed.gather_records(records)}
+    return [unique[identity] for identity in sorted(unique)]
+
+
+def predictions_path(run_dir: Path, step: int) -> Path:
+    """Where the validation predictions of a step stand."""
+    return run_dir / "predictions" / f"val_step-{step:08d}.jsonl"
+
+
+def write_predictions(path: Path, records: list[Record], keep: Iterable[Path] = ()) -> None:
+    """Write ``records`` as JSON lines, all or nothing, and remove the folder's other predictions but ``keep``."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(".part")
+    part.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    os.replace(part, path)
+    for other in set(path.parent.glob("val_step-*.jsonl")) - {path, *keep}:
+        other.unlink()
