@@ -124,6 +124,10 @@ class ParityConfig(Section):
     top_k: PositiveInt = 1
     activation: Literal["gelu", "relu", "swiglu"] = "gelu"
     bias: bool = True
+    num_shared_experts: int = Field(0, ge=0)
+    """experts that every token passes in the baseline; give them to ``ffn`` too"""
+    shared_hidden_dim: PositiveInt | None = None
+    """inner width of a shared expert; none means hidden_dim"""
     rule: Literal["flops_and_parameters", "parameters"] = "flops_and_parameters"
     """paper 2's rule (equal FLOPs, then equal parameters) or paper 1's (equal parameters through the width alone)"""
 

@@ -40,7 +40,7 @@ MOST_DIFFERENCE = 10.0
 """Percent by which a solved layer may miss the baseline; beyond, parity counts as impossible."""
 
 TEXT_LEN = 64
-"""Text tokens per pair unless given: BEiT-3's padding length for image-text tasks."""
+"""Text tokens unless given, or all positions where there are fewer: BEiT-3's length for image-text tasks."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +63,7 @@ class Cost:
 
 
 Parts = dict[str, Cost]
+Inputs = Literal["pair", "image", "text"]
 
 
 class Difference(NamedTuple):
@@ -174,11 +175,16 @@ def image_tokens(encoder: EncoderConfig) -> int:
     return 1 + (height // encoder.patch_size) * (width // encoder.patch_size)
 
 
+def widest_input(encoder: EncoderConfig) -> Inputs:
+    """A pair, or what the only branch takes."""
+    return "pair" if len(set(encoder.modalities)) == 2 else encoder.modalities[0]
+
+
 def count_encoder(
     encoder: EncoderConfig,
     *,
-    inputs: Literal["pair", "image", "text"] = "pair",
-    text_len: int = TEXT_LEN,
+    inputs: Inputs = "pair",
+    text_len: int | None = None,
     num_codes: int | None = None,
 ) -> Parts:
     """Cost of the encoder by part, in the order of :data:`PARTS`.
@@ -187,7 +193,7 @@ def count_encoder(
         encoder: a section with numbers in it (no ``parity``; see :func:`resolve`).
         inputs: what the FLOPs are for: an image-text pair, an image alone, a text alone. Parameters are those of
             the whole encoder whatever the input.
-        text_len: tokens of the text.
+        text_len: tokens of the text; none means :data:`TEXT_LEN`.
         num_codes: count the pre-training heads too: a biased linear layer to as many image codes and one to the
             vocabulary, both at every position (training scores masked positions only).
 
@@ -197,10 +203,11 @@ def count_encoder(
     wanted = ("image", "text") if inputs == "pair" else (inputs,)
     if not set(wanted) <= set(encoder.modalities):
         raise ConfigError(f"modalities: {', '.join(encoder.modalities)} cannot take {inputs} inputs (add the other)")
-    if "text" in wanted and text_len > encoder.max_text_len:
+    text_len = min(TEXT_LEN, encoder.max_text_len) if text_len is None else text_len
+    if text_len > encoder.max_text_len:
         raise ConfigError(f"text_len: {text_len} tokens for {encoder.max_text_len} text positions (choose fewer)")
     lengths = {"image": image_tokens(encoder), "text": text_len}
-    lengths = {name: lengths[name] * (name in wanted) for name in encoder.modalities}
+    lengths = {name: lengths[name] * (name in wanted) for name in sorted(set(encoder.modalities))}
     counts = [_embeddings(encoder, lengths), {"norms": _norms(encoder)}]
     counts += [_block(encoder, index, lengths, inputs == "pair") for index in range(encoder.depth)]
     if num_codes is not None:
@@ -227,7 +234,7 @@ def _table(rows: int, dim: int) -> Cost:
 
 def _norms(encoder: EncoderConfig) -> Cost:
     """Two per block, the one inside attention, the last one; a copy per modality when decoupled."""
-    copies = len(encoder.modalities) if encoder.multiway == "decoupled" else 1
+    copies = len(set(encoder.modalities)) if encoder.multiway == "decoupled" else 1
     norms = encoder.depth * (2 + encoder.attention_sub_ln) + encoder.final_norm
     return sum([_norm(encoder.embed_dim)] * copies * norms, Cost())
 
@@ -263,7 +270,7 @@ def resolve(encoder: EncoderConfig, parity: ParityConfig | None) -> EncoderConfi
     solved = {}
     for name in ("ffn", "dense_ffn"):
         ffn = getattr(encoder, name)
-        if "parity" not in (ffn.hidden_dim, getattr(ffn, "num_experts", None)):
+        if not _unknown(ffn):
             continue
         if parity is None:
             raise ConfigError(f"encoder.{name}: 'parity' without a baseline (add a section parity, or give a number)")
@@ -271,20 +278,19 @@ def resolve(encoder: EncoderConfig, parity: ParityConfig | None) -> EncoderConfi
     return encoder.model_copy(update=solved)
 
 
-def difference(encoder: EncoderConfig, parity: ParityConfig, *, text_len: int = TEXT_LEN) -> dict[str, Difference]:
+def difference(encoder: EncoderConfig, parity: ParityConfig, *, text_len: int | None = None) -> dict[str, Difference]:
     """How far the layer and the whole encoder lie from those of the baseline.
 
     Args:
         encoder: with numbers in it.
         parity: the baseline layer; the baseline encoder has it in place of ``ffn`` and is the same otherwise.
-        text_len: tokens of the text in the pair that the encoder's FLOPs are for.
+        text_len: tokens of the text in the pair that the encoder's FLOPs are for; see :func:`count_encoder`.
 
     Returns:
         ``layer`` and ``encoder``.
     """
     theirs = encoder.model_copy(update={"ffn": baseline_layer(parity)})
-    inputs = "pair" if len(encoder.modalities) == 2 else encoder.modalities[0]
-    whole = [total(count_encoder(e, inputs=inputs, text_len=text_len)) for e in (encoder, theirs)]
+    whole = [total(count_encoder(e, inputs=widest_input(e), text_len=text_len)) for e in (encoder, theirs)]
     lengths = _typical_lengths(encoder)
     layer = [total(count_ffn(e.ffn, e.embed_dim, lengths)) for e in (encoder, theirs)]
     return {"layer": _percent(*layer), "encoder": _percent(*whole)}
@@ -317,7 +323,7 @@ def solve_ffn(
     multiples of :data:`WIDTH_STEP` and counts whole, so a difference remains: see :func:`difference`.
 
     Args:
-        ffn: section with ``parity`` in it.
+        ffn: section; without ``parity`` in it, it comes back as it is.
         dim: width of a token.
         parity: baseline and rule.
         lengths: tokens of a typical sequence; matters for convolutional splitting only.
@@ -326,7 +332,9 @@ def solve_ffn(
         ConfigError: no width above 0 and count of at least ``top_k`` comes within :data:`MOST_DIFFERENCE`, or the
             rule does not fit.
     """
-    unknown = [name for name in ("hidden_dim", "num_experts") if getattr(ffn, name, None) == "parity"]
+    unknown = _unknown(ffn)
+    if not unknown:
+        return ffn
     if parity.rule == "parameters" and "num_experts" in unknown:
         raise ConfigError("ffn.num_experts: 'parity' does not go with parity.rule 'parameters' (give a number)")
     by_flops = unknown == ["hidden_dim"] and parity.rule == "flops_and_parameters"
@@ -357,6 +365,10 @@ def solve_ffn(
             f" {cost.parameters} (change the baseline or the numbers that are given)"
         )
     return nearest
+
+
+def _unknown(ffn: DenseConfig | MoEConfig) -> list[str]:
+    return [name for name in ("hidden_dim", "num_experts") if getattr(ffn, name, None) == "parity"]
 
 
 def _widths(smallest: MoEConfig, dim: int, lengths: Sequence[int], baseline: Cost) -> list[MoEConfig]:

@@ -275,6 +275,13 @@ def test_no_neighbour_of_a_solution_is_better(dim, h, top_k, num_experts, activa
                 assert worst(*near) >= best - 1e-12
 
 
+def test_of_two_solutions_the_one_with_the_cheap_router_is_taken():
+    # 993 experts of width 48 come nearer, but most of their FLOPs would be the router's.
+    ffn = MHMoEConfig(num_experts="parity", hidden_dim="parity", num_subtokens=2, top_k=2)
+    solved = solve_ffn(ffn, 192, ParityConfig(num_experts=32, hidden_dim=768))
+    assert (solved.hidden_dim, solved.num_experts) == (248, 196)
+
+
 def test_one_unknown_is_solved_for_its_own_measure():
     target = total(count_ffn(MoEConfig(num_experts=8, hidden_dim=768), 192))
 
@@ -286,6 +293,15 @@ def test_one_unknown_is_solved_for_its_own_measure():
     assert miss(ffn, "flops") == min(miss(ffn, "flops", hidden_dim=change) for change in (-8, 0, 8))
     ffn = solve_ffn(MHMoEConfig(num_experts="parity", hidden_dim=400, num_subtokens=2), 192, BASELINE)
     assert miss(ffn, "parameters") == min(miss(ffn, "parameters", num_experts=change) for change in (-1, 0, 1))
+
+
+def test_shared_experts_on_both_sides_change_nothing():
+    shared = {"num_shared_experts": 1, "shared_hidden_dim": 768}
+    ffn = MHMoEConfig(num_experts="parity", hidden_dim=280, num_subtokens=2)
+    with_shared = solve_ffn(ffn.model_copy(update=shared), 192, BASELINE.model_copy(update=shared))
+    assert with_shared.num_experts == solve_ffn(ffn, 192, BASELINE).num_experts
+    # Alone, it has to be paid for by routed experts.
+    assert solve_ffn(ffn.model_copy(update=shared), 192, BASELINE).num_experts < with_shared.num_experts
 
 
 def test_numbers_are_left_alone():

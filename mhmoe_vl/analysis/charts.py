@@ -91,7 +91,8 @@ class Chart(NamedTuple):
 class PoolChart(NamedTuple):
     """A pool of experts: load over time as a picture, and bars of the load at the end, one row per expert.
 
-    ``bars`` and ``ticks`` are SVG path data; ``rows`` holds (y, readout) per expert, ``labels`` (y, expert).
+    ``bars`` and ``ticks`` are SVG path data; ``labels`` holds (y, expert), ``rows`` (y, readout) per expert or,
+    where these are too thin, nothing.
     """
 
     name: str
@@ -273,7 +274,8 @@ def pool_chart(name: str, steps: Sequence[int], load: np.ndarray, by_stream: np.
     marks = "".join(f"M{x},{top}v{height:.1f}" for top, x in zip(tops, ends, strict=True))
     dead = [i for i, share in enumerate(final) if share == 0]
     columns = np.array_split(np.arange(lines), min(lines, MAX_HEAT_COLUMNS))
-    rows = list(zip(tops, _expert_readouts(load, final, streams), strict=True))
+    # Thinner rows cannot be pointed at.
+    rows = list(zip(tops, _expert_readouts(load, final, streams), strict=True)) if height >= 3 else []
     x_ticks = [
         (round(LEFT - 20 + HEAT_WIDTH * (i + 0.5) / len(columns), 1), compact(steps[columns[i][-1]]))
         for i in pick(len(columns), 4)

@@ -184,8 +184,8 @@ def _tiles(
         first, last = min(log.times), max(log.times)
         tiles.append(("duration", _duration((last - first).total_seconds()), f"since {first:%Y-%m-%d %H:%M}"))
     if pools:
-        dead, experts = sum(len(pool.dead) for pool in pools), sum(len(pool.rows) for pool in pools)
-        tiles.append(("dead experts", str(dead), f"of {experts:,} in {len(pools)} pools, last tenth"))
+        dead, experts = sum(len(pool.dead) for pool in pools), sum(len(pool.table.rows) for pool in pools)
+        tiles.append(("dead experts", str(dead), f"of {experts:,} at the end"))
     return tiles
 
 

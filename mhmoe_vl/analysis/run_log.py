@@ -93,9 +93,9 @@ def _add(log: RunLog, split: str, step: int, row: dict[str, Any]) -> None:
 
 
 def _value(value: float | None) -> float | int:
-    """Numbers as logged; nothing, and whole numbers too long for a float, as a gap."""
+    """Numbers as logged; nothing, and absurdly long whole numbers, as a gap."""
     if isinstance(value, int):
-        return value if abs(value) < 10**300 else math.nan
+        return value if abs(value) < 10**15 else math.nan
     return math.nan if value is None else value
 
 

@@ -36,7 +36,7 @@ class Report:
     shards: int = 0
     samples: int = 0
     without_manifest: int = 0
-    left_out: Counter[str] = field(default_factory=Counter)
+    left_out: dict[str, int] = field(default_factory=dict)
     problems: list[Problem] = field(default_factory=list)
 
 
@@ -79,8 +79,8 @@ def _check_shard(url: str, manifest: Index | None, report: Report) -> Iterator[P
             yield from _lost_samples(url)
         return
     report.samples += len((manifest or index).samples)
+    report.left_out = dict(Counter(report.left_out) + Counter(index.count_left_out()))
     for name, reason in index.left_out:
-        report.left_out[reason] += 1
         if reason not in HARMLESS:
             yield Problem(url, name, reason, "member left out")
     if manifest is not None:

@@ -325,6 +325,7 @@ class Loader:
             num_workers=num_workers,
             timeout=WORKER_TIMEOUT if num_workers else 0,
             collate_fn=_unchanged,
+            worker_init_fn=_leave_process_group,
             generator=torch.Generator(),  # or it would draw from torch's own, which must be restored on resume
         )
 
@@ -340,6 +341,12 @@ class Loader:
 
 def _unchanged(item: Any) -> Any:
     return item
+
+
+def _leave_process_group(worker: int) -> None:
+    """Signals to the whole group, such as Ctrl-C, are for the process that trains: it needs its workers for the step
+    under way, and ends them itself."""
+    os.setpgid(0, 0)
 
 
 def _named_failures(items: Iterable[Any]) -> Iterator[Any]:

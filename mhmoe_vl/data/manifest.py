@@ -152,6 +152,8 @@ def from_json(text: str | bytes, path: str) -> Index:
 
 
 def _places(members: dict[str, Any]) -> dict[str, Place]:
+    if not members:
+        raise ValueError("a sample without members")
     places = {}
     for extension, (offset, size, crc) in members.items():
         if extension not in EXTENSIONS or _natural(size) > size_limit(extension):

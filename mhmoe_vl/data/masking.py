@@ -47,9 +47,7 @@ def block_mask(height: int, width: int, num_masked: int, min_block: int, rng: np
     return mask
 
 
-def _try_block(
-    mask: np.ndarray, left: int, min_block: int, rng: np.random.Generator
-) -> tuple[slice, slice] | None:
+def _try_block(mask: np.ndarray, left: int, min_block: int, rng: np.random.Generator) -> tuple[slice, slice] | None:
     """A random block, or none when it does not fit."""
     area = rng.uniform(min(min_block, left), max(min_block, left))
     aspect = math.exp(rng.uniform(math.log(ASPECT[0]), math.log(ASPECT[1])))

@@ -212,7 +212,10 @@ class ShardSet(Sequence[Sample]):
     def _shard(self, shard: int) -> _OpenShard:
         """The open shard; the least recently used of too many is closed."""
         if shard not in self._open:
-            table = _Table.of(_load_index(self.urls[shard]))
+            try:
+                table = _Table.of(_load_index(self.urls[shard]))
+            except NoIndexError as error:
+                raise BadSample(str(error), reason="unreachable", shard=self.urls[shard]) from error
             if len(table.keys) != self.sizes[shard]:
                 what = f"{len(table.keys)} samples, there were {self.sizes[shard]}"
                 raise DataError(f"{self.urls[shard]}: changed while in use: {what} (start again)")

@@ -263,9 +263,10 @@ class Encoder(nn.Module, PyTorchModelHubMixin, library_name="mhmoe_vl", tags=["v
                 raise ConfigError(f"modalities: {', '.join(self.modalities)} only, got {name} (build the branch)")
         num_images, num_texts = (0 if value is None else len(value) for value in (images, text))
         if num_pairs is None:
-            num_pairs = num_images if images is not None and text is not None else 0
-            if num_pairs != num_texts * (num_pairs > 0):
+            together = images is not None and text is not None
+            if together and num_images != num_texts:
                 raise ConfigError(f"num_pairs: not given for {num_images} images and {num_texts} texts (say how many)")
+            num_pairs = num_images if together else 0
         if not 0 <= num_pairs <= min(num_images, num_texts):
             raise ConfigError(f"num_pairs: {num_pairs} of {num_images} images and {num_texts} texts (give fewer)")
         return num_pairs

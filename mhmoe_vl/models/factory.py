@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -201,7 +202,7 @@ def load_encoder_weights(encoder: Encoder, source: str | Path) -> None:
     wanted = encoder.state_dict()
     weights = {key: value for key, value in weights.items() if key in wanted or not _left_out(key, encoder)}
     if "image_embed.pos_embed" in weights and "image" in encoder.modalities:
-        grid = _saved_grid(source, weights["image_embed.pos_embed"])
+        grid = _saved_grid(file, weights["image_embed.pos_embed"])
         if grid is not None:
             positions = resize_positions(weights["image_embed.pos_embed"], encoder.image_embed.grid, grid)
             weights["image_embed.pos_embed"] = positions
@@ -230,13 +231,14 @@ def _weights_file(source: Path) -> Path:
     )
 
 
-def _saved_grid(source: Path, positions: Tensor) -> tuple[int, int] | None:
+def _saved_grid(file: Path, positions: Tensor) -> tuple[int, int] | None:
     """Rows and columns that image positions were stored for; none when nothing says so and they form no square."""
-    config_file = _config_file(source)
-    if config_file is not None:
-        saved = load(RunConfig, [config_file]).encoder
-        height, width = (saved.img_size,) * 2 if isinstance(saved.img_size, int) else saved.img_size
-        return height // saved.patch_size, width // saved.patch_size
+    run, saved = _config_file(file.parent), file.parent / "config.json"
+    if file.name == "model.safetensors" and (run is not None or saved.is_file()):
+        values = load(RunConfig, [run]).encoder.model_dump() if run is not None else json.loads(saved.read_text())
+        config = validate(EncoderConfig, values, str(run or saved))
+        height, width = (config.img_size,) * 2 if isinstance(config.img_size, int) else config.img_size
+        return height // config.patch_size, width // config.patch_size
     side = math.isqrt(positions.shape[1] - 1)
     return (side, side) if 1 + side * side == positions.shape[1] else None
 

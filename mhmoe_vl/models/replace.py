@@ -76,8 +76,8 @@ def replace_mlps(model: nn.Module, every: int = 2, kind: str = "mh_moe", **ffn_o
     layers = {name: _replacement(model, name, kind, ffn_options) for name in _chosen(model, every)}
     if not layers:
         raise ConfigError(
-            f"{type(model).__name__}: every {every}. block has no MLP to replace"
-            " (known: timm blocks with fc1/fc2, open_clip blocks with c_fc/c_proj; lower every?)"
+            f"{type(model).__name__}: no MLP to replace in blocks {every}, {2 * every}, ..."
+            " (lower every, or give a model of timm blocks with fc1/fc2 or open_clip blocks with c_fc/c_proj)"
         )
     for name, layer in layers.items():
         model.set_submodule(name, layer)

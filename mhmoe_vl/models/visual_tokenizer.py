@@ -63,12 +63,13 @@ class Codebook(nn.Module):
         with torch.autocast(z.device.type, enabled=False):  # neighbours decided in bfloat16 would be other ones
             z = F.normalize(z.float(), dim=-1)
             rows = z.detach().flatten(0, -2)
+            finite = rows.isfinite().all(-1)  # a step that overflowed must not spoil the codes
             if self.training and not self.initialized:
-                self._start(rows)
+                self._start(rows[finite])
             tokens = self._nearest(rows)
             codes = self.weight[tokens].view_as(z)
             if self.training:
-                self._update(rows, tokens)
+                self._update(rows[finite], tokens[finite])
             distance = (z - codes).square().mean(-1)
             return tokens.view(z.shape[:-1]), z + (codes - z).detach(), distance
 
@@ -271,6 +272,8 @@ def _head(dim: int, out_dim: int) -> nn.Sequential:
 
 
 def _patch_features(vit: Beit, x: Tensor) -> Tensor:
+    if not len(x):  # which timm's attention cannot reshape
+        return x.new_empty(0, vit.patch_embed.num_patches, vit.embed_dim)
     for block in vit.blocks:  # on processors the plain product trains up to twice as fast as the fused one
         block.attn.fused_attn = x.device.type != "cpu"
     return vit.fc_norm(vit.forward_features(x)[:, 1:])

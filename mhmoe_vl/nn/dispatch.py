@@ -144,7 +144,7 @@ class _GroupBias(Function):
     @staticmethod
     def forward(ctx, x: Tensor, bias: Tensor, plan: Plan) -> Tensor:
         ctx.plan = plan
-        return x + bias[plan.expert]
+        return bias[plan.expert].add_(x)
 
     @staticmethod
     @once_differentiable

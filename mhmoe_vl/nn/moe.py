@@ -94,6 +94,9 @@ class RoutedExperts(nn.Module):
         self.experts = Experts(row_dim, num_experts, hidden_dim, activation=activation, bias=bias)
         self.register_buffer("balance_bias", torch.zeros(num_experts) if balance_bias_rate else None)
 
+    # torch.compile leaves this part alone: its stand-in for grouped products refuses float32, and the number of rows
+    # depends on the padding.
+    @torch.compiler.disable
     def forward(
         self, subtokens: Sequence[Tensor], paddings: Sequence[Tensor | None], *, return_routing: bool = False
     ) -> FFNOutput:

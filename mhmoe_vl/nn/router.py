@@ -181,7 +181,7 @@ class CosineRouter(Router):
     def score(self, rows: Tensor) -> RouterScores:
         projected = F.linear(rows, self.proj.weight.to(rows.dtype))
         if self.normalize_rows:
-            projected = F.normalize(projected, dim=-1)
+            projected = F.normalize(projected, dim=-1, eps=1e-4)
         cosines = F.linear(projected, F.normalize(self.embedding.to(rows.dtype), dim=-1, eps=1e-4))
         fixed = cosines / self.initial_temperature
         if self.log_temperature is None:

@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from torch.utils.data import ConcatDataset
 
 from .. import distributed
-from ..data.loader import StepDataset, eval_batches, open_shards, sample_at
+from ..data.loader import StepDataset, StreamedShards, eval_batches, open_shards, sample_at
 from ..data.sample import BadSample, Sample
 from ..data.shards import ShardSet, expand_shards
 from ..data.text import create_text_tokenizer
@@ -153,8 +153,7 @@ class MaskedModeling:
         second_size = None
         if "images" in self.streams or "pairs" in self.streams:
             self.visual_tokenizer = self._load_visual_tokenizer(visual_tokenizer)
-            second_size = (self.visual_tokenizer.img_size, self.visual_tokenizer.img_size)
-        second_size = None if second_size == inputs.img_size else second_size
+            second_size = self.visual_tokenizer.img_size
         self.train_pictures = ImageTransform(inputs.img_size, second_size=second_size, train=True, **augment)
         self.val_pictures = ImageTransform(inputs.img_size, second_size=second_size, train=False)
         self.collate = partial(collate, pad_id=self.tokenizer.pad_id, mask_id=self.tokenizer.mask_id)

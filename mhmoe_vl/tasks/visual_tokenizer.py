@@ -52,11 +52,6 @@ class VisualTokenizerModel(nn.Module):
         """``tokens``, ``reconstruction`` and ``commitment_loss`` of the batch's pictures."""
         return ModelOutput(self.tokenizer(batch.images)._asdict(), {}, {})
 
-    def no_weight_decay(self) -> set[str]:
-        """Parameters that the optimizer should not shrink."""
-        parts = {"encoder": self.tokenizer.encoder, "decoder": self.tokenizer.decoder}
-        return {f"tokenizer.{part}.{name}" for part, vit in parts.items() for name in vit.no_weight_decay()}
-
 
 class VisualTokenizerTask:
     """Distillation of a teacher's patch features through codes.

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import shutil
 from collections.abc import Callable, Mapping
@@ -228,11 +229,12 @@ def newest(root: Path, say: Callable[[str], None]) -> Checkpoint | None:
     return None
 
 
-def _order(path: Path) -> tuple[int, str]:
+def _order(path: Path) -> tuple[float, str]:
+    """By step; what cannot even tell its step counts as newest, so that it is reported and not passed over."""
     try:
         return int(json.loads((path / "state.json").read_bytes())["step"]), path.name
     except (OSError, ValueError, KeyError, TypeError):
-        return -1, path.name
+        return math.inf, path.name
 
 
 def share(find: Callable[[], Checkpoint | None]) -> Checkpoint | None:

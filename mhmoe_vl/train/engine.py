@@ -110,7 +110,7 @@ class Progress:
 
 
 class _Clock:
-    """Speed since the last log line."""
+    """Speed since the last log line, data loading included."""
 
     def __init__(self) -> None:
         self.seconds, self.steps, self.samples, self.images = 0.0, 0, 0, 0
@@ -121,12 +121,9 @@ class _Clock:
         self.samples += samples
         self.images += images
 
-    def read(self) -> dict[str, float]:
+    def values(self) -> dict[str, float]:
         values = {"samples_per_s": self.samples / self.seconds, "step_seconds": self.seconds / self.steps}
-        if self.images:
-            values["images_per_s"] = self.images / self.seconds
-        self.__init__()
-        return values
+        return values | ({"images_per_s": self.images / self.seconds} if self.images else {})
 
 
 class _Run:
@@ -137,6 +134,7 @@ class _Run:
         self.log = RunLog(run_dir, steps=config.train.steps, tensorboard=config.train.tensorboard)
         self.trainer = Trainer(task, model, config, device)
         self.progress = Progress()
+        self.clock = _Clock()
         self.saved: tuple[int, int] | None = None
         self.failed_saves = 0
         self._begin()
@@ -176,7 +174,6 @@ class _Run:
         steps = iter(step_loader(self.task.dataset("train"), progress.step, train.steps, train.num_workers))
         validation = self.task.dataset("val")
         self.log.start(progress.step)
-        clock = _Clock()
         while True:
             stop = distributed.max_over_ranks(self.signals.received)
             if stop:
@@ -188,9 +185,9 @@ class _Run:
                 self._save()
             if progress.step >= train.steps:
                 return 0
-            self._step(steps, clock)
+            self._step(steps)
 
-    def _step(self, steps: Iterator[list[Batch]], clock: _Clock) -> None:
+    def _step(self, steps: Iterator[list[Batch]]) -> None:
         began, progress = time.perf_counter(), self.progress
         parts = next(steps)
         counts = self.trainer.count(parts)
@@ -202,12 +199,13 @@ class _Run:
         done = self.trainer.update(progress.step, parts, counts, logged=logged)
         progress.step += 1
         self._note_skipped(done.updated)
-        clock.add(time.perf_counter() - began, sum(counts.samples), counts.images)
+        self.clock.add(time.perf_counter() - began, sum(counts.samples), counts.images)
         self.log.advance()
         if logged:
-            counters = {"skipped": progress.skipped} | {f"bad/{reason}": n for reason, n in sorted(progress.bad.items())}
-            values = done.values | clock.read() | {"memory_mb": peak_memory_mb(self.device)} | counters
+            values = done.values | self.clock.values() | {"memory_mb": peak_memory_mb(self.device)}
+            values |= {"skipped": progress.skipped} | {f"bad/{reason}": n for reason, n in progress.bad.items()}
             self.log.write(progress.step, "train", values)
+            self.clock = _Clock()
 
     def _stop(self, number: int) -> int:
         if self.saved != (self.progress.step, self.progress.evaluated):

@@ -13,9 +13,9 @@ from ..errors import CheckpointError, ConfigError, one_line
 from . import checkpoint
 from .checkpoint import Checkpoint
 
-KEPT = frozenset(["train.ema_decay"])
 HARMLESS = frozenset(["output_dir", "init_from", "task.data_dir"])
-"""Keys that may differ from the run that is continued, beside those of ``train``, of which only :data:`KEPT` may not."""
+"""Keys that may differ from the run that is continued, beside all of ``train`` but :data:`KEPT`."""
+KEPT = frozenset(["train.ema_decay"])
 
 
 def starting_point(run_dir: Path, config: RunConfig, say: Callable[[str], None]) -> Checkpoint | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
@@ -128,7 +129,8 @@ class Trainer:
         if routing is not None:
             routing.add(output.stats)
         zero = torch.zeros((), device=self.device)
-        values = [shares.get(name, zero) for name in targets] + [aux.get(name, zero) / world for name in self.aux_weights]
+        values = [shares.get(name, zero) for name in targets]
+        values += [aux.get(name, zero) / world for name in self.aux_weights]
         return torch.stack([value.detach() for value in values])
 
     def _complete_gradients(self) -> None:
@@ -153,12 +155,15 @@ def _data_parallel(model: nn.Module) -> nn.Module:
     """
     if distributed.world_size() == 1:
         return model
+    # torch 2.14 renamed the option and warns of the old name.
+    known = inspect.signature(DistributedDataParallel).parameters
+    sync_buffers = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
     return DistributedDataParallel(
         model,
         process_group=dist.new_group(),
-        broadcast_buffers=False,
         gradient_as_bucket_view=True,
         find_unused_parameters=getattr(model, "find_unused_parameters", False),
+        **{sync_buffers: False},
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import threading
 from collections.abc import Callable, Iterator
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -15,7 +16,8 @@ from mhmoe_vl.data.writing import pack_shards
 
 def members_of(number: int) -> tuple[str, dict[str, bytes | str | dict]]:
     """Sample ``number``: some bytes under jpg, a caption, a JSON value."""
-    return f"{number:05d}", {"jpg": bytes([number % 256]) * (700 + number), "txt": f"né {number}", "json": {"n": number}}
+    jpg = bytes([number % 256]) * (700 + number)
+    return f"{number:05d}", {"jpg": jpg, "txt": f"né {number}", "json": {"n": number}}
 
 
 @pytest.fixture
@@ -68,6 +70,8 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Threadin
     """A server of ``tmp_path``. ``faults``: answers to come, 0 = cut in the middle, >= 400 = error, text = redirect."""
     monkeypatch.setattr(remote, "TIMEOUT", 5.0)
     monkeypatch.setattr(remote, "PAUSES", (0.0, 0.0))
+    monkeypatch.setattr(socket, "getfqdn", lambda name="": name)  # the server would ask a name server
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
     httpd = ThreadingHTTPServer(("127.0.0.1", 0), lambda *args: _Handler(*args, directory=str(tmp_path)))
     httpd.faults, httpd.requests, httpd.ranges, httpd.lengths = [], [], True, True
     httpd.url = f"http://127.0.0.1:{httpd.server_port}"

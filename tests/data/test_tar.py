@@ -55,8 +55,8 @@ def test_folders_links_and_devices_are_no_samples() -> None:
 
 
 def test_members_that_are_no_part_of_a_sample_are_counted() -> None:
-    names = ["1.jpg", "1.pkl", "1.jpg", "../2.jpg", "/3.jpg", ".4.jpg", "5.jpg.gz", "6.__bad__", "7", "a\x1b.txt", "1.TXT"]
-    index = scan(io.BytesIO(archive(names)), "s.tar")
+    refused = ["1.pkl", "5.jpg.gz", "6.__bad__", "../2.jpg", "/3.jpg", ".4.jpg", "7", "a\x1b.txt"]
+    index = scan(io.BytesIO(archive(["1.jpg", *refused, "1.jpg", "1.TXT"])), "s.tar")
     assert {key: list(members) for key, members in index.samples.items()} == {"1": ["jpg", "txt"]}
     assert index.count_left_out() == {"extension": 3, "duplicate": 1, "name": 5}
 
@@ -71,7 +71,7 @@ def test_every_cut_is_noticed() -> None:
     end = 3 * (BLOCK + 1024) + 2 * BLOCK
     for cut in range(0, end, 100):
         for stream in (io.BytesIO(data[:cut]), _Pipe(data[:cut])):
-            with pytest.raises(BadSample, match="s.tar:byte") as caught:
+            with pytest.raises(BadSample, match=r"s.tar:byte") as caught:
                 list(read_members(stream, "s.tar", lambda _: False))
             assert caught.value.reason == "truncated"
     assert len(read(data[:end])) == 3
@@ -80,20 +80,12 @@ def test_every_cut_is_noticed() -> None:
 def test_every_header_bit_flip_is_noticed() -> None:
     data = archive([f"{i}.txt" for i in range(3)])
     draw = random.Random(0)
-    for _ in range(200):
+    positions = [*range(154), *range(156, BLOCK)]  # 154 and 155 are padding, which may be a space or a zero
+    for _ in range(300):
         damaged = bytearray(data)
-        position = draw.randrange(BLOCK)
-        damaged[draw.randrange(3) * (BLOCK + 1024) + position] ^= 1 << draw.randrange(8)
-        if 148 <= position < 156 and _same_number(damaged, data):
-            continue
+        damaged[draw.randrange(3) * (BLOCK + 1024) + draw.choice(positions)] ^= 1 << draw.randrange(8)
         with pytest.raises(BadSample):
             read(bytes(damaged))
-
-
-def _same_number(damaged: bytes, data: bytes) -> bool:
-    """Whether the stored header sums still mean the same: their padding may be a space or a zero."""
-    starts = range(148, 3 * (BLOCK + 1024), BLOCK + 1024)
-    return all(tarfile.nti(damaged[start : start + 8]) == tarfile.nti(data[start : start + 8]) for start in starts)
 
 
 @pytest.mark.parametrize("size", [BLOCK, 2 * BLOCK])

@@ -102,7 +102,7 @@ def test_pack_splits_in_order_and_keeps_whole_shards(tmp_path: Path) -> None:
 
 def test_pack_refuses_a_folder_with_more_shards(tmp_path: Path) -> None:
     pack_shards(tmp_path, range(10), read_number, samples_per_shard=4, progress=False)
-    with pytest.raises(DataError, match="shard-000002.tar: not of the 2 shards"):
+    with pytest.raises(DataError, match=r"shard-000002.tar: not of the 2 shards"):
         pack_shards(tmp_path, range(8), read_number, samples_per_shard=4, progress=False)
 
 

@@ -27,7 +27,8 @@ def models(tmp_path):
 
 
 def clip_teacher(model, **changes):
-    return create_teacher(**{"img_size": 48, "patch_size": 8, "kind": "open_clip", "model": model, "pretrained": None} | changes)
+    options = {"img_size": 48, "patch_size": 8, "kind": "open_clip", "model": model, "pretrained": None}
+    return create_teacher(**options | changes)
 
 
 def test_pixel_targets_are_the_patches_in_minus_one_to_one():
@@ -60,7 +61,8 @@ def test_open_clip_targets_are_the_projected_patch_features(models):
 
 
 def test_open_clip_error_is_one_minus_cosine(models):
-    error = clip_teacher(models[0]).error(torch.tensor([[[3.0, 0.0], [0.0, -2.0]]]), torch.tensor([[[0.6, 0.8], [0.0, 1.0]]]))
+    reconstruction, targets = torch.tensor([[[3.0, 0.0], [0.0, -2.0]]]), torch.tensor([[[0.6, 0.8], [0.0, 1.0]]])
+    error = clip_teacher(models[0]).error(reconstruction, targets)
     torch.testing.assert_close(error, torch.tensor([[0.4, 2.0]]))
 
 

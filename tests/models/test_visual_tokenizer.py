@@ -50,6 +50,10 @@ def codebook(weight: list[list[float]], *, ema_decay: float = 0.5, revive_after:
     return book
 
 
+def same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:
+    return first.keys() == second.keys() and all(torch.equal(value, second[name]) for name, value in first.items())
+
+
 # ----------------------------------------------------------------------------------- published weights
 def test_outputs_equal_the_released_code(data_dir):
     model = load_visual_tokenizer(data_dir / "vqkd_small" / "model.safetensors", num_heads=4)
@@ -72,12 +76,13 @@ def test_published_names_are_written_back(data_dir, tmp_path):
         assert name in counters or torch.equal(written[name], value), name
     save_file(written, tmp_path / "again.safetensors")
     again = load_visual_tokenizer(tmp_path / "again.safetensors", num_heads=4)
-    assert all(torch.equal(a, b) for a, b in zip(again.state_dict().values(), model.state_dict().values(), strict=True))
+    assert same(again.state_dict(), model.state_dict())
 
 
 def test_a_released_training_file_is_read_without_its_teacher(tmp_path):
     model = tokenizer(embed_dim=64, num_heads=1, decoder_num_heads=1).eval()
-    weights = to_published(model.state_dict()) | {"teacher_model.conv1.weight": torch.zeros(3), "scaling.mean": torch.ones(1)}
+    others = {"teacher_model.conv1.weight": torch.zeros(3), "scaling_layer.scale": torch.ones(1)}
+    weights = to_published(model.state_dict()) | others
     torch.save({"model": weights, "args": argparse.Namespace(lr=1), "epoch": 3}, tmp_path / "vqkd.pth")
     loaded = load_visual_tokenizer(tmp_path / "vqkd.pth")
     assert not loaded.training and not any(p.requires_grad for p in loaded.parameters())
@@ -154,7 +159,8 @@ def test_other_folders_are_refused_in_one_line(tmp_path):
     run_folder(tmp_path / "unsaved", tokenizer(), "step-00000001")
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "config.yaml").write_text("task: {kind: masked_modeling, texts: {train: a.tar}}\n")
-    for name, expected in (("empty", "config.yaml"), ("unsaved", "last/model.safetensors"), ("other", "visual_tokenizer")):
+    cases = {"empty": "config.yaml", "unsaved": "last/model.safetensors", "other": "visual_tokenizer"}
+    for name, expected in cases.items():
         with pytest.raises(CheckpointError) as error:
             load_visual_tokenizer(tmp_path / name)
         assert expected in str(error.value) and "\n" not in str(error.value)
@@ -266,7 +272,7 @@ def test_codes_do_not_move_in_evaluation_or_by_assign():
     before = {name: value.clone() for name, value in book.state_dict().items()}
     book.train().assign(torch.randn(10, 3))
     book.eval()(torch.randn(10, 3))
-    assert all(torch.equal(value, before[name]) for name, value in book.state_dict().items())
+    assert same(book.state_dict(), before)
 
 
 def clustered_rows(num: int) -> torch.Tensor:
@@ -285,7 +291,7 @@ def test_the_start_is_kmeans_by_cosine():
     torch.manual_seed(2)
     codes = rows[torch.multinomial(torch.ones(200), 12)]
     for _ in range(10):
-        nearest = [max(range(12), key=lambda k: float(row @ codes[k])) for row in rows]  # noqa: B023
+        nearest = [max(range(12), key=lambda k: float(row @ codes[k])) for row in rows]
         for k in range(12):
             members = [row for row, n in zip(rows, nearest, strict=True) if n == k]
             if members:
@@ -335,6 +341,19 @@ def test_no_revival_at_zero():
     assert book.weight[1].tolist() == [-1.0, 0.0]
 
 
+def test_rows_that_are_not_finite_leave_no_trace():
+    rows = torch.randn(20, 4)
+    spoiled = torch.cat([rows, torch.tensor([[math.nan, 0, 0, 0], [math.inf, 0, 0, 0]])])
+    books = []
+    for z in (rows, spoiled):
+        torch.manual_seed(0)
+        books.append(Codebook(6, code_dim=4, ema_decay=0.9, revive_after=1).train())
+        torch.manual_seed(1)
+        for _ in range(3):
+            books[-1](z)
+    assert same(books[0].state_dict(), books[1].state_dict())
+
+
 def test_training_resumes_bit_for_bit_from_saved_buffers(tmp_path):
     batches = [torch.rand(4, 3, 16, 16, generator=torch.Generator().manual_seed(i)) for i in range(8)]
 
@@ -356,7 +375,7 @@ def test_training_resumes_bit_for_bit_from_saved_buffers(tmp_path):
     resumed.load_state_dict(load_file(tmp_path / "model.safetensors"))
     torch.set_rng_state(random_state)
     steps(resumed, batches[4:])
-    assert all(torch.equal(a, b) for a, b in zip(resumed.state_dict().values(), model.state_dict().values(), strict=True))
+    assert same(resumed.state_dict(), model.state_dict())
 
 
 RANK_PROGRAM = """
@@ -375,7 +394,8 @@ started = Codebook(6, code_dim=4, ema_decay=0.8, revive_after=1).train()
 for batch in mine:
     fixed(batch)
     started(batch)
-save_file({"fixed": fixed.weight, "started": started.weight, "unused": started.unused_steps}, f"{folder}/{rank}.safetensors")
+found = {"fixed": fixed.weight, "started": started.weight, "unused": started.unused_steps}
+save_file(found, f"{folder}/{rank}.safetensors")
 dist.destroy_process_group()
 """
 
@@ -387,7 +407,7 @@ def test_ranks_hold_the_same_codes_as_one_process_with_all_rows(tmp_path):
     ranks = [subprocess.Popen([*command, str(rank), str(tmp_path)], env=environment) for rank in (0, 1)]
     assert [process.wait(timeout=120) for process in ranks] == [0, 0]
     first, second = (load_file(tmp_path / f"{rank}.safetensors") for rank in (0, 1))
-    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert same(first, second)
     torch.manual_seed(0)
     rows = torch.randn(5, 16, 4)
     alone = Codebook(6, code_dim=4, ema_decay=0.8, revive_after=0).train()

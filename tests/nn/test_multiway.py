@@ -87,4 +87,4 @@ def test_every_pool_answers_even_without_rows():
     ys, outputs = layers(xs, {}, 0)
     assert ys["text"].shape == (0, 1, DIM)
     assert [int(output.stats.num_rows) for output in outputs] == [10, 0, 0]
-    assert float(outputs[1].aux_losses["balance_loss"]) == 0
+    assert outputs[1].aux_losses["balance_loss"].item() == 0

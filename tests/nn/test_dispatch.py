@@ -1,0 +1,98 @@
+"""The layout of choices in slots, and the gathers that carry rows there and back."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mhmoe_vl.nn import dispatch
+from mhmoe_vl.nn.dispatch import TILE, choose_path, combine, make_plan, permute
+
+PATHS = ["grouped", "split", "tiles"]
+
+
+@st.composite
+def choices(draw):
+    """Chosen experts (T, K), distinct in each row, and E; often skewed."""
+    E = draw(st.integers(1, 40))
+    K = draw(st.integers(1, min(E, 4)))
+    T = draw(st.sampled_from([0, 1, 2, 7, 64, 150]))
+    g = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    skew = torch.linspace(0, draw(st.sampled_from([0.0, 3.0, 50.0])), E)
+    return (torch.rand(T, E, generator=g) + skew).topk(K).indices, E
+
+
+@settings(max_examples=80, deadline=None)
+@given(choices(), st.sampled_from(PATHS), st.integers(1, 30))
+def test_every_choice_has_one_slot(drawn, path, capacity):
+    experts, E = drawn
+    T, K = experts.shape
+    plan = make_plan(experts, E, path)
+    counts = experts.flatten().bincount(minlength=E)
+    slots = plan.slot.flatten()
+    assert len(set(slots.tolist())) == T * K, "slots are distinct"
+    assert torch.equal(plan.expert[plan.slot].t(), experts), "each slot belongs to the expert chosen"
+    assert torch.equal(plan.row[plan.slot], torch.arange(T).expand(K, T)), "each slot copies the row that chose"
+    assert torch.equal(plan.choice[slots], torch.arange(T * K)), "choice inverts slot"
+    assert (plan.choice == T * K).sum() == len(plan.row) - T * K
+    assert torch.equal(plan.expert, plan.expert.sort().values), "slots of an expert are adjacent"
+    sizes = torch.diff(plan.ends, prepend=plan.ends.new_zeros(1))
+    if path == "tiles":
+        assert torch.equal(sizes, (counts + TILE - 1) // TILE * TILE)
+    else:
+        assert torch.equal(sizes.long(), counts)
+        assert plan.sizes == (counts.tolist() if path == "split" else [])
+    kept = (plan.rank.t() < capacity).sum()
+    dropped = (counts - capacity).clamp_min(0).sum()
+    assert kept + dropped == T * K, "counts and drops make up all choices"
+
+
+@settings(max_examples=40, deadline=None)
+@given(choices(), st.sampled_from(PATHS))
+def test_gathers_and_their_gradients(drawn, path):
+    """permute and combine against index_select and index_add, gradients included."""
+    experts, E = drawn
+    T, K = experts.shape
+    plan = make_plan(experts, E, path)
+    x = torch.randn(T, 3, dtype=torch.float64, requires_grad=True)
+    gates = torch.rand(T, K, dtype=torch.float64, requires_grad=True)
+    scale = torch.arange(1, E + 1, dtype=torch.float64)
+    out = combine(permute(x, plan) * scale[plan.expert].unsqueeze(1), gates, plan)
+    wanted = (x.unsqueeze(1) * (gates * scale[experts]).unsqueeze(-1)).sum(1)
+    assert torch.allclose(out, wanted)
+    weights = torch.randn(T, 3, dtype=torch.float64)
+    actual = torch.autograd.grad((out * weights).sum(), [x, gates])
+    expected = torch.autograd.grad((wanted * weights).sum(), [x, gates])
+    assert all(torch.allclose(a, b) for a, b in zip(actual, expected, strict=True))
+
+
+def test_first_choices_rank_before_second_ones():
+    plan = make_plan(torch.tensor([[0, 1], [1, 0], [0, 1]]), 2, "grouped")
+    assert plan.rank.tolist() == [[0, 0, 1], [1, 2, 2]]
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "experts", "in_dim", "hidden_dim", "path"),
+    [
+        ("cpu", torch.float32, 8, 192, 768, "grouped"),
+        ("cuda", torch.bfloat16, 128, 192, 768, "grouped"),
+        ("cpu", torch.bfloat16, 128, 48, 192, "tiles"),
+        ("cuda", torch.bfloat16, 128, 48, 192, "grouped"),
+        ("cpu", torch.float64, 8, 192, 768, "split"),
+        ("cpu", torch.float32, 8, 6, 768, "split"),
+        ("cuda", torch.bfloat16, 8, 12, 768, "split"),
+        ("cuda", torch.bfloat16, 2048, 48, 64, "split"),
+    ],
+)
+def test_choice_of_path(device, dtype, experts, in_dim, hidden_dim, path):
+    assert choose_path(device, dtype, experts, in_dim, hidden_dim) == path
+
+
+def test_split_without_grouped_products(monkeypatch):
+    class Older:
+        linear = staticmethod(torch.nn.functional.linear)
+
+    monkeypatch.setattr(dispatch, "F", Older)
+    assert choose_path("cpu", torch.float32, 8, 192, 768) == "split"
