@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from packing import Captioned, make_parser, pack_captioned, read_json, run
+from packing import Captioned, add_picture_options, make_parser, pack_captioned, read_json, run
 
 from mhmoe_vl.errors import DataError, one_line
 
@@ -62,8 +62,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """The command line; raises DataError on bad input."""
     parser = make_parser(__doc__, val_fraction=0.0)
     parser.add_argument("--captions", type=Path, required=True, help="captions_*.json in COCO's format")
-    parser.add_argument("--images", type=Path, required=True, help="folder of the pictures")
-    parser.add_argument("--skip-bad", action="store_true", help="leave out and count bad captions and pictures")
+    add_picture_options(parser, "folder of the pictures")
     args = parser.parse_args(argv)
     items, problems = read_captions(args.captions)
     pack_captioned(args, items, problems, {"source": "coco_captions"})

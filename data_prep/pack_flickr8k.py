@@ -10,7 +10,7 @@ import csv
 from collections.abc import Sequence
 from pathlib import Path
 
-from packing import Captioned, make_parser, pack_captioned, read_text, run
+from packing import Captioned, add_picture_options, make_parser, pack_captioned, read_text, run
 
 from mhmoe_vl.errors import DataError
 
@@ -43,8 +43,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """The command line; raises DataError on bad input."""
     parser = make_parser(__doc__, val_fraction=0.1)
     parser.add_argument("--captions", type=Path, required=True, help="captions.txt: CSV with the header image,caption")
-    parser.add_argument("--images", type=Path, required=True, help="folder of the pictures")
-    parser.add_argument("--skip-bad", action="store_true", help="leave out and count bad rows and pictures")
+    add_picture_options(parser, "folder of the pictures")
     args = parser.parse_args(argv)
     captions, problems = read_captions(args.captions)
     items = [Captioned(name, tuple(texts), {}) for name, texts in captions.items()]

@@ -11,7 +11,16 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-from packing import find_bad_pictures, make_parser, pack_split, picture_member, run, settle, write_whole
+from packing import (
+    add_picture_options,
+    find_bad_pictures,
+    make_parser,
+    pack_split,
+    picture_member,
+    run,
+    settle,
+    write_whole,
+)
 
 from mhmoe_vl.data.writing import Members
 from mhmoe_vl.errors import DataError
@@ -49,8 +58,7 @@ def picture_members(root: Path, classes: list[str], picture: tuple[str, int]) ->
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line; raises DataError on bad input."""
     parser = make_parser(__doc__, val_fraction=0.0)
-    parser.add_argument("--images", type=Path, required=True, help="folder that holds one folder per class")
-    parser.add_argument("--skip-bad", action="store_true", help="leave out and count unreadable pictures")
+    add_picture_options(parser, "folder that holds one folder per class")
     args = parser.parse_args(argv)
     classes, pictures = list_pictures(args.images)
     bad = find_bad_pictures(args.images, [name for name, _ in pictures], args.processes)

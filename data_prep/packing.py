@@ -51,6 +51,12 @@ def make_parser(
     return parser
 
 
+def add_picture_options(parser: argparse.ArgumentParser, folder: str) -> None:
+    """``--images`` (``folder`` says of what) and ``--skip-bad``."""
+    parser.add_argument("--images", type=Path, required=True, help=folder)
+    parser.add_argument("--skip-bad", action="store_true", default=False, help="leave out and count what is bad")
+
+
 def fraction(text: str) -> float:
     """An option's value from 0 to below 1."""
     try:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import sys
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 from . import __version__, config
-from .errors import ConfigError, MhmoeError, one_line
+from .errors import ConfigError, guard
 
 USAGE = """\
 usage: {tool} [--config FILE [FILE ...]] [--section.field VALUE ...]
@@ -41,20 +41,6 @@ def run(kind: str, default_config: str, about: str, argv: Sequence[str] | None =
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     sys.exit(guard(lambda: _run(kind, default_config, about, arguments), debug="--debug" in arguments))
-
-
-def guard(action: Callable[[], int], *, debug: bool = False) -> int:
-    """The exit code of ``action``; an error of ours becomes one line on stderr and exit code 2."""
-    try:
-        return action()
-    except MhmoeError as error:
-        if debug:
-            raise
-        print(f"error: {one_line(error)}", file=sys.stderr)
-        return 2
-    except BrokenPipeError:
-        sys.stderr.close()
-        return 1
 
 
 def _run(kind: str, default_config: str, about: str, arguments: list[str]) -> int:
@@ -175,7 +161,8 @@ def _train(settings: config.RunConfig) -> int:
         if distributed.is_main():
             summary = summarize(output)
             (output / "summary.json").write_text(json.dumps(summary, indent=1))
-            print(table(summary, write_report(output)))
+            report = write_report(output, metric=task.metric, higher_is_better=task.higher_is_better)
+            print(table(summary, report))
     return code
 
 

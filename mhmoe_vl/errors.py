@@ -4,6 +4,9 @@ The command line prints them as ``error: <message>`` and exits with code 2 (``--
 traceback). The message reads ``<file>[:<member, path or line>]: <what, with the value> (<what to do>)``.
 """
 
+import sys
+from collections.abc import Callable
+
 
 class MhmoeError(Exception):
     """Base of every error that the command line shows as a single line."""
@@ -29,3 +32,22 @@ def one_line(text: object, limit: int = 300) -> str:
     """``text`` on a single line, control characters shown escaped, cut at ``limit`` characters."""
     shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
     return shown if len(shown) <= limit else shown[: limit - 3] + "..."
+
+
+def guard(action: Callable[[], int], *, debug: bool = False) -> int:
+    """The exit code of ``action``; an error of ours becomes one line on stderr and exit code 2.
+
+    Args:
+        action: what a command does.
+        debug: let the error through, to show its traceback.
+    """
+    try:
+        return action()
+    except MhmoeError as error:
+        if debug:
+            raise
+        print(f"error: {one_line(error)}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:
+        sys.stderr.close()
+        return 1

@@ -60,7 +60,7 @@ def test_models_stand_side_by_side(folder):
     assert cells(result.stdout, "layer parameters")[0] == "-"
     # Two branches of two dense blocks: 24 x 96 twice, biases, sub-LN.
     assert dense["parts"]["dense_ffn"]["parameters"] == 4 * (2 * 24 * 96 + 96 + 24 + 2 * 96)
-    assert dense["parameters"]["active"] == dense["parameters"]["total"] 
+    assert dense["parameters"]["active"] == dense["parameters"]["total"]
     experts = sparse["parts"]["experts"]["parameters"]
     assert cells(result.stdout, "experts") == ["0.000", f"{experts / 1e6:,.3f}"]
     for model in (dense, sparse):

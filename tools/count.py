@@ -11,9 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from mhmoe_vl import parity
-from mhmoe_vl.cli import guard
 from mhmoe_vl.config import EncoderConfig, ParityConfig, merge, read_yaml, validate
-from mhmoe_vl.errors import ConfigError, DataError, MhmoeError
+from mhmoe_vl.errors import ConfigError, DataError, MhmoeError, guard
 
 
 def main() -> int:

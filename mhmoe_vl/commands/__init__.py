@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from importlib import import_module
 
 from .. import __version__
-from ..errors import MhmoeError, one_line
+from ..errors import guard
 
 COMMANDS = {
     "make-manifest": "write the manifest beside each shard: exact counts, random access, checksums",
@@ -25,16 +25,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     chosen = next((argument for argument in arguments if not argument.startswith("-")), None)
     parsed = _parser(chosen).parse_args(arguments)
-    try:
-        return import_module(f".{_module(parsed.command)}", __name__).run(parsed)
-    except MhmoeError as error:
-        if parsed.debug:
-            raise
-        print(f"error: {one_line(error)}", file=sys.stderr)
-        return 2
-    except BrokenPipeError:
-        sys.stderr.close()
-        return 1
+    module = import_module(f".{_module(parsed.command)}", __name__)
+    return guard(lambda: module.run(parsed), debug=parsed.debug)
 
 
 def _parser(chosen: str | None) -> argparse.ArgumentParser:

@@ -1,8 +1,9 @@
 """Rows to experts and back: one sort, one gather there, one gather per choice back.
 
 Choices are laid out in *slots*, all slots of an expert adjacent. Three ways multiply the slots with their experts'
-matrices; :func:`choose_path` names the rule. No (T, E, C) mask is ever made, and no gradient needs a scattered
-addition, so results repeat bit for bit.
+matrices; :func:`choose_path` names the rule. No (T, E, C) mask is ever made, and gradients of rows are gathered, not
+scattered and added, so results repeat bit for bit. Gathers are ``index_select``: on a CPU several times faster than
+indexing.
 """
 
 from __future__ import annotations
@@ -102,14 +103,14 @@ class _Permute(Function):
     @staticmethod
     def forward(ctx, rows: Tensor, plan: Plan) -> Tensor:
         ctx.plan = plan
-        return rows[plan.row]
+        return rows.index_select(0, plan.row)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor):
-        total = grad[ctx.plan.slot[0]]
+        total = grad.index_select(0, ctx.plan.slot[0])
         for slot in ctx.plan.slot[1:]:
-            total += grad[slot]
+            total += grad.index_select(0, slot)
         return total, None
 
 
@@ -121,9 +122,9 @@ class _Combine(Function):
         ctx.plan = plan
         ctx.save_for_backward(y, gates)
         weights = gates.to(y.dtype)
-        out = y[plan.slot[0]] * weights[:, :1]
+        out = y.index_select(0, plan.slot[0]).mul_(weights[:, :1])
         for k in range(1, len(plan.slot)):
-            out.addcmul_(y[plan.slot[k]], weights[:, k : k + 1])
+            out.addcmul_(y.index_select(0, plan.slot[k]), weights[:, k : k + 1])
         return out
 
     @staticmethod
@@ -132,8 +133,8 @@ class _Combine(Function):
         plan, (y, gates) = ctx.plan, ctx.saved_tensors
         # The appended zero is the weight of slots that only fill a tile.
         weights = torch.cat([gates.t().reshape(-1), gates.new_zeros(1)]).to(y.dtype)
-        grad_y = grad[plan.row] * weights[plan.choice].unsqueeze(1)
-        dots = [(y[slot] * grad).sum(-1, dtype=gates.dtype) for slot in plan.slot]
+        grad_y = grad.index_select(0, plan.row).mul_(weights[plan.choice].unsqueeze(1))
+        dots = [y.index_select(0, slot).mul_(grad).sum(-1, dtype=gates.dtype) for slot in plan.slot]
         return grad_y, torch.stack(dots, 1), None
 
 
@@ -144,7 +145,7 @@ class _GroupBias(Function):
     @staticmethod
     def forward(ctx, x: Tensor, bias: Tensor, plan: Plan) -> Tensor:
         ctx.plan = plan
-        return bias[plan.expert].add_(x)
+        return bias.index_select(0, plan.expert).add_(x)
 
     @staticmethod
     @once_differentiable
@@ -160,7 +161,7 @@ class _TileWeights(Function):
     def forward(ctx, weight: Tensor, expert: Tensor, dtype: torch.dtype) -> Tensor:
         ctx.save_for_backward(expert)
         ctx.shape, ctx.dtype = weight.shape, weight.dtype
-        return weight.to(dtype)[expert]
+        return weight.to(dtype).index_select(0, expert)
 
     @staticmethod
     @once_differentiable

@@ -129,11 +129,12 @@ class MultiHeadMoE(SparseLayer):
         return_routing: bool = False,
     ) -> FFNOutput:
         """See :class:`~mhmoe_vl.nn.feed_forward.FFNLayer`. What stands at padding is of no use."""
-        heads = [self._head(x, padding) for x, padding in zip(xs, paddings or [None] * len(xs), strict=True)]
-        subtokens = [x.unflatten(-1, (self.num_subtokens, -1)) for x, _ in heads]
-        mixed = self.routed(subtokens, [padding for _, padding in heads], return_routing=return_routing)
-        merged = [y.flatten(-2) for y in mixed.x]
-        outputs = [self._merge(y, x.shape[-2]) for y, x in zip(merged, xs, strict=True)]
+        paddings = paddings or [None] * len(xs)
+        heads = [self._head(x, padding) for x, padding in zip(xs, paddings, strict=True)]  # Eq. 2: x W_head
+        subtokens = [x.unflatten(-1, (self.num_subtokens, -1)) for x, _ in heads]  # Eq. 3: split
+        mixed = self.routed(subtokens, [p for _, p in heads], return_routing=return_routing)  # Eqs. 4, 5: route, experts
+        merged = [y.flatten(-2) for y in mixed.x]  # Eq. 6: merge
+        outputs = [self._merge(y, x.shape[-2]) for y, x in zip(merged, xs, strict=True)]  # Eq. 7: o W_merge
         return mixed._replace(x=[self.add_shared(y, x) for y, x in zip(outputs, xs, strict=True)])
 
     def _head(self, x: Tensor, padding: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -169,7 +170,7 @@ class MultiHeadMoE(SparseLayer):
 def _check(
     dim: int, num_subtokens: int, head_layers: int, merge_layers: int, conv_kernel: int | None, conv_stride: int
 ) -> None:
-    if dim % num_subtokens:
+    if num_subtokens < 1 or dim % num_subtokens:
         raise ConfigError(f"ffn: num_subtokens {num_subtokens} does not divide the width {dim} (choose a divisor)")
     for name, layers in (("head_layers", head_layers), ("merge_layers", merge_layers)):
         if not 0 <= layers <= 3:

@@ -44,8 +44,9 @@ class RoutedExperts(nn.Module):
     its fixed first temperature here; a sigmoid gate takes the softmax of the same logits. With
     ``balance_per_modality`` the loss is formed for each stream alone and averaged over the streams that have rows.
     *z-loss*: mean over rows of logsumexp(logits)^2. In training both are formed from sums over the rows of all ranks
-    (so every rank must call the layer equally often); in evaluation from this rank's rows, as ranks may then have
-    unequal numbers of batches. Without rows both are 0.
+    (so every rank must call the layer equally often, with no rows if need be, and with ``balance_per_modality`` with the
+    same number of streams); in evaluation from this rank's rows, as ranks may then have unequal numbers of batches.
+    Without rows both are 0.
 
     *Bias balancing* (``balance_bias_rate`` > 0): the buffer ``balance_bias`` is added to the gates for choosing only.
     Each time a gradient reaches the router, the bias of every expert with less than the mean load (all choices, all
@@ -83,6 +84,8 @@ class RoutedExperts(nn.Module):
         super().__init__()
         if not 1 <= top_k <= num_experts:
             raise ConfigError(f"ffn: top_k {top_k} does not fit num_experts {num_experts} (choose 1 to {num_experts})")
+        if capacity_factor is not None and not capacity_factor > 0:
+            raise ConfigError(f"ffn: capacity_factor {capacity_factor} is not positive (raise it, or none for no drops)")
         if balance_share not in ("first", "all"):
             raise ConfigError(f"ffn: balance_share {balance_share!r} is unknown (choose first or all)")
         self.num_experts, self.top_k = num_experts, top_k
@@ -153,11 +156,12 @@ class RoutedExperts(nn.Module):
         E = self.num_experts
         if scores.balance_logits is not scores.logits:
             probabilities = scores.balance_logits.softmax(-1)
+        sizes = rows.sizes if self.balance_per_modality else [len(experts)]
         counted = experts[:, :1] if self.balance_share == "first" else experts
-        loads = [count_experts(part, E) for part in counted.split(rows.sizes)]
-        sums = [part.sum(0) for part in probabilities.split(rows.sizes)]
+        loads = [count_experts(part, E) for part in counted.split(sizes)]
+        sums = [part.sum(0) for part in probabilities.split(sizes)]
         z_sum = scores.logits.logsumexp(-1).square().sum()
-        flat = torch.cat([*loads, *sums, z_sum.view(1), probabilities.new_tensor(rows.sizes)])
+        flat = torch.cat([*loads, *sums, z_sum.view(1), probabilities.new_tensor(sizes)])
         flat = all_reduce_sum(flat) if self.training else flat
         load, total, z_sum, num_rows = flat.split([len(loads) * E, len(loads) * E, 1, len(loads)])
         balance = self._balance_loss(load.view(-1, E), total.view(-1, E), num_rows.unsqueeze(1))
@@ -167,12 +171,11 @@ class RoutedExperts(nn.Module):
         }
 
     def _balance_loss(self, load: Tensor, total: Tensor, num_rows: Tensor) -> Tensor:
-        """From first choices and sums of probabilities, (streams, E), and rows per stream, (streams, 1)."""
-        if not self.balance_per_modality:
-            load, total, num_rows = (x.sum(0, keepdim=True) for x in (load, total, num_rows))
+        """From counted choices and sums of probabilities, (groups, E), and rows, (groups, 1); groups are the streams
+        or all of them together."""
         choices = num_rows if self.balance_share == "first" else num_rows * self.top_k
-        per_stream = self.num_experts * (load / choices.clamp_min(1) * total / num_rows.clamp_min(1)).sum(-1)
-        return per_stream.sum() / (num_rows > 0).sum().clamp_min(1)
+        per_group = self.num_experts * (load / choices.clamp_min(1) * total / num_rows.clamp_min(1)).sum(-1)
+        return per_group.sum() / (num_rows > 0).sum().clamp_min(1)
 
     def _follow_load(self, logits: Tensor, load: Tensor) -> None:
         """Arranges that ``balance_bias`` moves against ``load`` (E,) when the backward pass reaches the router: once
@@ -297,7 +300,7 @@ def gather_rows(subtokens: Sequence[Tensor], paddings: Sequence[Tensor | None]) 
     for x, padding in zip(subtokens, paddings, strict=True):
         flat = x.reshape(-1, *x.shape[-2:])
         kept = None if padding is None else (~padding.reshape(-1)).nonzero().squeeze(1)
-        parts.append((flat if kept is None else flat[kept]).flatten(0, 1))
+        parts.append((flat if kept is None else flat.index_select(0, kept)).flatten(0, 1))
         tokens.append(kept)
     return Rows(parts[0] if len(parts) == 1 else torch.cat(parts), tokens, [len(part) for part in parts])
 

@@ -162,7 +162,8 @@ class _Run:
             checkpoint.load_weights(trainer.ema.module, found.weights, found.path)
         self.progress = Progress(**{entry.name: found.state[entry.name] for entry in fields(Progress)})
         self.saved = (self.progress.step, self.progress.evaluated)
-        self.log.say(f"continues from {found.path}, step {self.progress.step}")
+        if self.progress.step < self.config.train.steps:
+            self.log.say(f"continues from {found.path}, step {self.progress.step}")
 
     # ------------------------------------------------------------------------------------------ loop
     def finish(self) -> int:

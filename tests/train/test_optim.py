@@ -4,8 +4,8 @@ import math
 
 import pytest
 import torch
-from toy_task import ToyModel
 from torch import nn
+from toy_task import ToyModel
 
 from mhmoe_vl.config import OptimConfig
 from mhmoe_vl.errors import CheckpointError, ConfigError

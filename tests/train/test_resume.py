@@ -4,6 +4,7 @@ import pytest
 import torch
 from toy_task import toy_config
 
+from mhmoe_vl.config import dump
 from mhmoe_vl.errors import CheckpointError, ConfigError
 from mhmoe_vl.train import checkpoint, resume
 
@@ -12,8 +13,6 @@ def run_folder(path, steps=(1,), **options):
     config = toy_config(path, **options)
     for step in steps:
         state = {"step": step}
-        from mhmoe_vl.config import dump
-
         checkpoint.save(path / "checkpoints", {"model": {"w": torch.ones(2)}}, state, dump(config))
     resume.write_config(path / "config.yaml", config)
     return config
@@ -45,14 +44,15 @@ def test_a_path_names_a_run_or_a_checkpoint(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"encoder": {"embed_dim": 96}}, "encoder.embed_dim: None in the run to continue, 96 now"),
+        ({"encoder": {"embed_dim": 96}}, "encoder.embed_dim: 192 in the run to continue, 96 now"),
         ({"seed": 5}, "seed: 0 in the run to continue, 5 now"),
         ({"optim__lr": 0.5}, "optim.lr: 0.01 in the run to continue, 0.5 now"),
         ({"train__ema_decay": 0.5}, "train.ema_decay: 0.0 in the run to continue, 0.5 now"),
     ],
 )
 def test_changes_that_make_another_run_are_refused(tmp_path, options, message):
-    run_folder(tmp_path)
+    run_folder(tmp_path, encoder={})
+    options = {"encoder": {}} | options
     with pytest.raises(ConfigError, match=message.replace(".", r"\.")):
         resume.starting_point(tmp_path, toy_config(tmp_path, **options), print)
 

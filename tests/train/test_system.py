@@ -34,16 +34,17 @@ def test_the_first_signal_is_noted_and_the_second_is_left_to_the_system(number):
 
 
 def test_a_run_folder_has_one_trainer(tmp_path):
-    with system.lock(tmp_path / "run"), pytest.raises(ConfigError, match="another process trains in"):
-        with system.lock(tmp_path / "run"):
-            pass
-    with system.lock(tmp_path / "run"):
+    run_dir = tmp_path / "run"
+    with system.lock(run_dir), pytest.raises(ConfigError, match="another process trains in"), system.lock(run_dir):
+        pass
+    with system.lock(run_dir):
         pass
 
 
 def test_a_run_folder_that_cannot_be_made_is_named(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(ConfigError, match=r"output_dir: .*file/run: Not a directory"), system.lock(tmp_path / "file/run"):
+    message = r"output_dir: .*file/run: Not a directory"
+    with pytest.raises(ConfigError, match=message), system.lock(tmp_path / "file" / "run"):
         pass
 
 

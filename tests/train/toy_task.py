@@ -53,7 +53,7 @@ def samples(seeds: list[int]) -> ToyBatch:
     rows = [torch.randn(WIDTH, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
     x = torch.stack(rows) if rows else torch.zeros(0, WIDTH)
     label = (x[:, 0] > 0).long() + (x[:, 1] > 0).long()
-    label[x[:, 2] > 0.7] = -1  # no target
+    label[x[:, 2] > 0.3] = -1  # no target
     return ToyBatch(x, x.cumsum(1).sin(), label, list(seeds))
 
 
@@ -83,7 +83,7 @@ class ToySteps:
 
 
 class ToyModel(nn.Module):
-    """Soft top-1 mixture with a balance loss over all ranks, dropout, a buffer and an extra that only the second half of a batch uses."""
+    """Top-1 mixture with a balance loss over all ranks, dropout, a buffer, and a layer for half of the batch only."""
 
     find_unused_parameters = True
 

@@ -1,0 +1,72 @@
+from __future__ import annotations
+
+import torch
+from toy_task import BATCH, ToyTask, in_ranks, samples, toy_config
+
+from mhmoe_vl import distributed
+from mhmoe_vl.train.engine import session
+from mhmoe_vl.train.step import Trainer
+
+CPU = torch.device("cpu")
+
+
+def trainer_and_parts(tmp_path, accumulate=1, **options):
+    torch.manual_seed(0)
+    task = ToyTask(accumulate=accumulate)
+    trainer = Trainer(task, task.model(None), toy_config(tmp_path, **options), CPU)
+    trainer.distribute()
+    return trainer, task.dataset("train")[0]
+
+
+def test_counts_are_those_of_all_parts(tmp_path):
+    trainer, parts = trainer_and_parts(tmp_path, accumulate=4)
+    parts[1].bad["image"] = 3
+    parts[2].images = torch.zeros(5, 1)
+    counts = trainer.count(parts)
+    labels = sum(int((part.label >= 0).sum()) for part in parts)
+    assert counts.targets == {"label": labels, "never": 0, "y": BATCH * 6}
+    assert (counts.samples, counts.bad, counts.images) == ([2, 2, 2, 2], 3, 5)
+
+
+def test_a_step_without_any_sample_is_left_out(tmp_path):
+    trainer, _ = trainer_and_parts(tmp_path)
+    empty = [samples([])]
+    before = trainer.model.experts.clone()
+    done = trainer.update(0, empty, trainer.count(empty), logged=True)
+    assert not done.updated and done.values["loss"] == 0.0
+    assert torch.equal(before, trainer.model.experts)
+
+
+def test_a_parameter_without_gradient_has_a_zero_one(tmp_path):
+    """As it has under data-parallel training: AdamW moves it by its weight decay either way."""
+    trainer, parts = trainer_and_parts(tmp_path, optim__weight_decay=0.5, optim__lr=0.1)
+    trainer.task.loss = lambda output, batch: {"y": output.values["y"].sum()}
+    before = trainer.model.classifier.weight.detach().clone()
+    assert trainer.update(0, parts, trainer.count(parts), logged=False).updated
+    torch.testing.assert_close(trainer.model.classifier.weight, before * (1 - 0.5 * 0.05))
+
+
+def test_compile_keeps_the_names_of_weights(tmp_path, monkeypatch):
+    compiled = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: compiled.append(self))
+    trainer, _ = trainer_and_parts(tmp_path, train__compile=True)
+    assert compiled == [trainer.model]
+
+
+def test_two_ranks_average_to_the_gradient_of_the_whole_batch(tmp_path):
+    alone, parts = trainer_and_parts(tmp_path, optim__clip_grad=None)
+    expected = alone.update(0, parts, alone.count(parts), logged=True).values
+
+    def check() -> int:
+        with session(toy_config(tmp_path).train):
+            trainer, parts = trainer_and_parts(tmp_path, optim__clip_grad=None)
+            counts = trainer.count(parts)
+            assert counts.samples == [BATCH] and len(parts[0]) == BATCH // distributed.world_size()
+            values = trainer.update(0, parts, counts, logged=True).values
+            for name in ("loss", "grad_norm", "balance_loss", "loss/label"):
+                torch.testing.assert_close(values[name], expected[name], rtol=1e-6, atol=0)
+            for name, weight in trainer.model.state_dict().items():
+                torch.testing.assert_close(weight, alone.model.state_dict()[name])
+        return 0
+
+    assert in_ranks(check) == [0, 0]
