@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
@@ -85,13 +86,14 @@ def _open_clip_tower(img_size: int, model: str, pretrained: str | None) -> nn.Mo
         import open_clip
     except ImportError as error:
         raise ConfigError("task.teacher: open_clip is not installed (pip install open_clip_torch)") from error
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         torch.manual_seed(0)
+        warnings.filterwarnings("error", "QuickGELU mismatch")  # weights would give features they were not trained for
         try:
             tower = open_clip.create_model(
                 model, pretrained=pretrained, force_image_size=img_size, require_pretrained=pretrained is not None
             ).visual
-        except (RuntimeError, OSError, ValueError, KeyError) as error:
+        except (RuntimeError, OSError, ValueError, KeyError, UserWarning) as error:
             raise ConfigError(
                 f"task.teacher: open_clip cannot make {model!r} with weights {pretrained!r}: {one_line(error, 160)}"
                 " (name a model and a tag from open_clip.list_pretrained(), or a local checkpoint)"

@@ -8,8 +8,9 @@ indexing.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +22,54 @@ Path = Literal["grouped", "split", "tiles"]
 
 TILE = 64
 """rows of a tile"""
+
+
+class Rows(NamedTuple):
+    """The routed rows of several streams, one after the other: all sub-tokens of all tokens that are not padding.
+
+    Attributes:
+        x: (T, d).
+        tokens: per stream, positions of its tokens in the flattened stream; None means all of them.
+        sizes: per stream, its number of rows.
+    """
+
+    x: Tensor
+    tokens: list[Tensor | None]
+    sizes: list[int]
+
+
+def gather_rows(subtokens: Sequence[Tensor], paddings: Sequence[Tensor | None]) -> Rows:
+    """All streams (..., S, d) as one tensor of rows, padding left out. A GPU waits once for each mask of padding."""
+    parts, tokens = [], []
+    for x, padding in zip(subtokens, paddings, strict=True):
+        flat = x.reshape(-1, *x.shape[-2:])
+        kept = None if padding is None else (~padding.reshape(-1)).nonzero().squeeze(1)
+        parts.append((flat if kept is None else flat.index_select(0, kept)).flatten(0, 1))
+        tokens.append(kept)
+    return Rows(parts[0] if len(parts) == 1 else torch.cat(parts), tokens, [len(part) for part in parts])
+
+
+def scatter_rows(x: Tensor, rows: Rows, like: Sequence[Tensor]) -> list[Tensor]:
+    """The inverse of :func:`gather_rows` for the outputs ``x`` (T, d); padding becomes zero."""
+    streams = []
+    for part, tokens, stream in zip(x.split(rows.sizes), rows.tokens, like, strict=True):
+        part = part.view(-1, *stream.shape[-2:])
+        if tokens is not None:
+            part = part.new_zeros(stream.shape[:-2].numel(), *stream.shape[-2:]).index_copy(0, tokens, part)
+        streams.append(part.view(stream.shape))
+    return streams
+
+
+def locate_rows(rows: Rows, subtokens: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """Stream, token and sub-token number of every row: three (T,) int64."""
+    streams, tokens, pieces = [], [], []
+    for number, (kept, x) in enumerate(zip(rows.tokens, subtokens, strict=True)):
+        S = x.shape[-2]
+        token = torch.arange(x.shape[:-2].numel(), device=x.device) if kept is None else kept
+        streams.append(token.new_full((len(token) * S,), number))
+        tokens.append(token.repeat_interleave(S))
+        pieces.append(torch.arange(S, device=x.device).repeat(len(token)))
+    return torch.cat(streams), torch.cat(tokens), torch.cat(pieces)
 
 
 @dataclass(frozen=True)

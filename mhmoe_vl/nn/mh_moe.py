@@ -132,7 +132,7 @@ class MultiHeadMoE(SparseLayer):
         paddings = paddings or [None] * len(xs)
         heads = [self._head(x, padding) for x, padding in zip(xs, paddings, strict=True)]  # Eq. 2: x W_head
         subtokens = [x.unflatten(-1, (self.num_subtokens, -1)) for x, _ in heads]  # Eq. 3: split
-        mixed = self.routed(subtokens, [p for _, p in heads], return_routing=return_routing)  # Eqs. 4, 5: route, experts
+        mixed = self.routed(subtokens, [p for _, p in heads], return_routing=return_routing)  # Eqs. 4-5: route, mix
         merged = [y.flatten(-2) for y in mixed.x]  # Eq. 6: merge
         outputs = [self._merge(y, x.shape[-2]) for y, x in zip(merged, xs, strict=True)]  # Eq. 7: o W_merge
         return mixed._replace(x=[self.add_shared(y, x) for y, x in zip(outputs, xs, strict=True)])

@@ -4,33 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from ..distributed import all_reduce_sum
 from ..errors import ConfigError
-from .dispatch import combine, make_plan, permute
+from .dispatch import Rows, combine, gather_rows, locate_rows, make_plan, permute, scatter_rows
 from .experts import Experts
 from .feed_forward import Activation, FeedForward, FFNLayer, FFNOutput
 from .router import DEFAULT_ROUTER, RouterScores, Routing, RoutingStats, build_router, choose_experts, count_experts
 
 BalanceShare = Literal["first", "all"]
-
-
-class Rows(NamedTuple):
-    """The routed rows of several streams, one after the other: all sub-tokens of all tokens that are not padding.
-
-    Attributes:
-        x: (T, d).
-        tokens: per stream, positions of its tokens in the flattened stream; None means all of them.
-        sizes: per stream, its number of rows.
-    """
-
-    x: Tensor
-    tokens: list[Tensor | None]
-    sizes: list[int]
 
 
 class RoutedExperts(nn.Module):
@@ -44,9 +30,9 @@ class RoutedExperts(nn.Module):
     its fixed first temperature here; a sigmoid gate takes the softmax of the same logits. With
     ``balance_per_modality`` the loss is formed for each stream alone and averaged over the streams that have rows.
     *z-loss*: mean over rows of logsumexp(logits)^2. In training both are formed from sums over the rows of all ranks
-    (so every rank must call the layer equally often, with no rows if need be, and with ``balance_per_modality`` with the
-    same number of streams); in evaluation from this rank's rows, as ranks may then have unequal numbers of batches.
-    Without rows both are 0.
+    (so every rank must call the layer equally often, with no rows if need be, and for ``balance_per_modality`` with
+    the same number of streams); in evaluation from this rank's rows, as ranks may then have unequal numbers of
+    batches. Without rows both are 0.
 
     *Bias balancing* (``balance_bias_rate`` > 0): the buffer ``balance_bias`` is added to the gates for choosing only.
     Each time a gradient reaches the router, the bias of every expert with less than the mean load (all choices, all
@@ -54,8 +40,8 @@ class RoutedExperts(nn.Module):
     carries no gradient.
 
     *Capacity* (``capacity_factor``): in training an expert takes at most ceil(capacity_factor K T / E) choices of this
-    call on this rank; all first choices come before second ones, each in row order. A dropped choice adds zero, and
-    the row's other gates stay as they are. The released code's rule is a factor of 1 on top of its k; we drop
+    call on this rank; all first choices come before second ones, each in row order. A dropped choice adds zero (its
+    product is computed all the same), and the row's other gates stay as they are. The released code's rule is a factor of 1 on top of its k; we drop
     nothing by default.
 
     Args:
@@ -85,7 +71,7 @@ class RoutedExperts(nn.Module):
         if not 1 <= top_k <= num_experts:
             raise ConfigError(f"ffn: top_k {top_k} does not fit num_experts {num_experts} (choose 1 to {num_experts})")
         if capacity_factor is not None and not capacity_factor > 0:
-            raise ConfigError(f"ffn: capacity_factor {capacity_factor} is not positive (raise it, or none for no drops)")
+            raise ConfigError(f"ffn: capacity_factor {capacity_factor} is not positive (raise it; none drops nothing)")
         if balance_share not in ("first", "all"):
             raise ConfigError(f"ffn: balance_share {balance_share!r} is unknown (choose first or all)")
         self.num_experts, self.top_k = num_experts, top_k
@@ -292,40 +278,6 @@ class MoE(SparseLayer):
         rows = [x.unsqueeze(-2) for x in xs]
         mixed = self.routed(rows, paddings or [None] * len(xs), return_routing=return_routing)
         return mixed._replace(x=[self.add_shared(y.squeeze(-2), x) for y, x in zip(mixed.x, xs, strict=True)])
-
-
-def gather_rows(subtokens: Sequence[Tensor], paddings: Sequence[Tensor | None]) -> Rows:
-    """All streams (..., S, d) as one tensor of rows, padding left out. A GPU waits once for each mask of padding."""
-    parts, tokens = [], []
-    for x, padding in zip(subtokens, paddings, strict=True):
-        flat = x.reshape(-1, *x.shape[-2:])
-        kept = None if padding is None else (~padding.reshape(-1)).nonzero().squeeze(1)
-        parts.append((flat if kept is None else flat.index_select(0, kept)).flatten(0, 1))
-        tokens.append(kept)
-    return Rows(parts[0] if len(parts) == 1 else torch.cat(parts), tokens, [len(part) for part in parts])
-
-
-def scatter_rows(x: Tensor, rows: Rows, like: Sequence[Tensor]) -> list[Tensor]:
-    """The inverse of :func:`gather_rows` for the outputs ``x`` (T, d); padding becomes zero."""
-    streams = []
-    for part, tokens, stream in zip(x.split(rows.sizes), rows.tokens, like, strict=True):
-        part = part.view(-1, *stream.shape[-2:])
-        if tokens is not None:
-            part = part.new_zeros(stream.shape[:-2].numel(), *stream.shape[-2:]).index_copy(0, tokens, part)
-        streams.append(part.view(stream.shape))
-    return streams
-
-
-def locate_rows(rows: Rows, subtokens: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-    """Stream, token and sub-token number of every row: three (T,) int64."""
-    streams, tokens, pieces = [], [], []
-    for number, (kept, x) in enumerate(zip(rows.tokens, subtokens, strict=True)):
-        S = x.shape[-2]
-        token = torch.arange(x.shape[:-2].numel(), device=x.device) if kept is None else kept
-        streams.append(token.new_full((len(token) * S,), number))
-        tokens.append(token.repeat_interleave(S))
-        pieces.append(torch.arange(S, device=x.device).repeat(len(token)))
-    return torch.cat(streams), torch.cat(tokens), torch.cat(pieces)
 
 
 def _compute_dtype(x: Tensor) -> torch.dtype:

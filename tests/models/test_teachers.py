@@ -92,3 +92,11 @@ def test_teachers_that_do_not_fit_are_refused_in_one_line(models, tmp_path):
         with pytest.raises(ConfigError) as error:
             clip_teacher(**{"model": vit} | changes)
         assert expected in str(error.value) and "\n" not in str(error.value)
+
+
+def test_weights_of_another_activation_are_refused(models, tmp_path, monkeypatch):
+    tags = {"quick": {"url": "absent", "quick_gelu": True}}
+    monkeypatch.setitem(open_clip.pretrained._PRETRAINED, models[0], tags)
+    monkeypatch.setattr(open_clip.factory, "download_pretrained", lambda *_, **__: str(tmp_path / "absent.pt"))
+    with pytest.raises(ConfigError, match="QuickGELU mismatch"):
+        clip_teacher(models[0], pretrained="quick")

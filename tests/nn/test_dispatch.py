@@ -44,6 +44,11 @@ def test_every_choice_has_one_slot(drawn, path, capacity):
     else:
         assert torch.equal(sizes.long(), counts)
         assert plan.sizes == (counts.tolist() if path == "split" else [])
+    seen = [0] * E
+    for k in range(K):
+        for t in range(T):
+            assert plan.rank[k, t] == seen[experts[t, k]], "first choices first, then row order"
+            seen[experts[t, k]] += 1
     kept = (plan.rank.t() < capacity).sum()
     dropped = (counts - capacity).clamp_min(0).sum()
     assert kept + dropped == T * K, "counts and drops make up all choices"
