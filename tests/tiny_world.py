@@ -1,4 +1,4 @@
-"""A pre-training run that takes seconds: pictures of coloured blocks, sentences about them, a small visual tokenizer."""
+"""A pre-training run that takes seconds: two-coloured pictures, sentences about them, a small visual tokenizer."""
 
 from __future__ import annotations
 

@@ -138,7 +138,8 @@ def open_shards(urls: Sequence[str]) -> ShardSet | StreamedShards:
         return StreamedShards(urls)
 
 
-def _draw(source: Source, seed: int, position: int) -> tuple[int, int, Sample | BadSample]:
+def draw(source: Source, seed: int, position: int) -> tuple[int, int, Sample | BadSample]:
+    """(epoch, number, sample) at a position of the training order; the sample is an error where it is bad."""
     if isinstance(source, StreamedShards):
         return source.draw(seed, position)
     epoch, index = sample_at(source.sizes if isinstance(source, ShardSet) else [len(source)], seed, position)
@@ -217,7 +218,7 @@ class StepDataset(Dataset):
         seed = stream_seed(self.seed, name)
         examples = []
         for position in positions:
-            epoch, index, sample = _draw(source, seed, position)
+            epoch, index, sample = draw(source, seed, position)
             try:
                 examples.append(_transformed(sample, transform, sample_rng(seed, epoch, index)))
             except BadSample as error:

@@ -41,8 +41,8 @@ class RoutedExperts(nn.Module):
 
     *Capacity* (``capacity_factor``): in training an expert takes at most ceil(capacity_factor K T / E) choices of this
     call on this rank; all first choices come before second ones, each in row order. A dropped choice adds zero (its
-    product is computed all the same), and the row's other gates stay as they are. The released code's rule is a factor of 1 on top of its k; we drop
-    nothing by default.
+    product is computed all the same), and the row's other gates stay as they are. The released code: K ceil(T / E),
+    that is a factor of 1; we drop nothing by default.
 
     Args:
         row_dim: width of a row.

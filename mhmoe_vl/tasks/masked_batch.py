@@ -109,8 +109,7 @@ class MaskedExamples:
             texts = captions(sample)
             ids = self.tokenizer.encode(texts[rng.integers(len(texts))] if self.train else texts[0])
             ids = np.asarray([*ids[: self.max_text_len - 1], ids[-1]] if len(ids) > self.max_text_len else ids)
-            special = {self.tokenizer.bos_id, self.tokenizer.eos_id}
-            example |= {"text": ids, "text_mask": text_mask(ids, special, self.text_ratio, rng)}
+            example |= {"text": ids, "text_mask": text_mask(ids, self.tokenizer.special_ids, self.text_ratio, rng)}
         return example
 
 
@@ -171,7 +170,12 @@ def captions(sample: Sample) -> list[str]:
 
 
 def per_sample(batch: MaskedBatch, results: dict[str, tuple[Tensor, Tensor]]) -> list[Record]:
-    """One record a sample: summed loss, right predictions and count by term, from ``(loss, right)`` of every masked position of each term."""
+    """One record a sample: summed loss, right predictions and count by term.
+
+    Args:
+        batch: gives the samples' ids.
+        results: by term, loss and whether the prediction is right at every masked position.
+    """
     records: dict[str, Record] = {}
     for term, (loss, right) in results.items():
         ids = batch.ids[term.split("_")[0]]

@@ -9,8 +9,9 @@ the papers do not say whether they keep or exchange some, as BERT does.
 from __future__ import annotations
 
 import math
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from functools import cache, partial
 from typing import Any
@@ -22,7 +23,7 @@ from torch.nn import functional as F
 from torch.utils.data import ConcatDataset
 
 from .. import distributed
-from ..data.loader import StepDataset, StreamedShards, eval_batches, open_shards, sample_at
+from ..data.loader import StepDataset, StreamedShards, draw, eval_batches, open_shards
 from ..data.sample import BadSample, Sample
 from ..data.shards import ShardSet, expand_shards
 from ..data.text import create_text_tokenizer
@@ -300,30 +301,28 @@ class MaskedModeling:
         return [term for term, stream, _ in TERMS if stream in self.streams]
 
     def _log_frequencies(self, term: str, device: torch.device) -> Tensor:
-        stream = term.split("_")[0]
+        """Logarithm of the share of each code or piece in the first training samples."""
         is_text = term in ("texts", "pairs_text")
         size = self.tokenizer.vocab_size if is_text else self.visual_tokenizer.num_codes
-        counts = torch.full((size,), UNIGRAM_SMOOTHING, dtype=torch.float64)
-        for sample in self._first_samples(stream):
-            if is_text:
-                special = (self.tokenizer.bos_id, self.tokenizer.eos_id)
-                found = Counter(i for text in captions(sample) for i in self.tokenizer.encode(text) if i not in special)
-                ids, times = torch.tensor(list(found)), torch.tensor(list(found.values()), dtype=torch.float64)
-            else:
-                picture = self.val_pictures(sample.image(), np.random.default_rng(0))[-1]
-                self.visual_tokenizer.to(device)
-                ids = self.visual_tokenizer.tokenize(picture[None].to(device).float() / 255).flatten().cpu()
-                times = torch.ones(len(ids), dtype=torch.float64)
-            counts.index_add_(0, ids, times)
+        found = []
+        for sample in self._first_samples(term.split("_")[0]):
+            with suppress(BadSample):
+                found.append(self._pieces(sample) if is_text else self._codes(sample, device))
+        counts = torch.bincount(torch.cat(found), minlength=size).double() + UNIGRAM_SMOOTHING
         return (counts / counts.sum()).log().float().to(device)
 
     def _first_samples(self, stream: str) -> Iterator[Sample]:
         """The first samples of the training order: every sample of a small set, a fair draw of a large one."""
-        source = self._source(stream, "train")
-        for position in range(min(len(source), self.unigram_samples)):
-            _, index = sample_at(source.sizes, self.seed, position)
-            try:
-                sample = source[index]
-            except BadSample:
-                continue
-            yield sample
+        source, count = self._source(stream, "train"), self.unigram_samples
+        for position in range(count if isinstance(source, StreamedShards) else min(len(source), count)):
+            _, _, sample = draw(source, self.seed, position)
+            if isinstance(sample, Sample):
+                yield sample
+
+    def _pieces(self, sample: Sample) -> Tensor:
+        special = self.tokenizer.special_ids
+        return torch.tensor([i for text in captions(sample) for i in self.tokenizer.encode(text) if i not in special])
+
+    def _codes(self, sample: Sample, device: torch.device) -> Tensor:
+        _, picture = self.val_pictures(sample.image(), np.random.default_rng(0))
+        return self.visual_tokenizer.to(device).tokenize(picture[None].to(device).float() / 255).flatten().cpu()

@@ -57,14 +57,16 @@ def test_shares_of_hidden_text(world):
 
 def test_loss_is_the_cross_entropy_at_hidden_positions_by_stream(world):
     task, model = make(world)
-    [batch] = task.dataset("train")[0]
-    batch = task.prepare(batch, CPU)
+    [raw] = task.dataset("train")[0]
+    batch = task.prepare(raw, CPU)
     losses = task.loss(model(batch), batch)
 
     features = model.encoder(
         batch.images, batch.text, text_padding=batch.text_padding, image_mask=batch.image_mask, num_pairs=4
     )
-    codes = task.visual_tokenizer.tokenize(batch.tokenizer_images.float() / 255 if batch.tokenizer_images is not None else None)
+    codes = task.visual_tokenizer.tokenize(
+        batch.tokenizer_images.float() / 255 if batch.tokenizer_images is not None else None
+    )
     wanted = {"images": 0.0, "pairs_image": 0.0, "texts": 0.0, "pairs_text": 0.0}
     scores = model.mim_head(features.image[:, 1:]).log_softmax(-1)
     for row in range(8):
@@ -127,7 +129,9 @@ def test_baseline_is_the_frequency_in_the_training_texts(world):
 def test_validation_masks_are_fixed_and_training_masks_follow_the_seed(world):
     first, other = make(world)[0], make(world, seed=1)[0]
     for one, two in zip(first.dataset("val"), other.dataset("val"), strict=True):
-        assert torch.equal(one.text if one.text is not None else one.image_mask, two.text if two.text is not None else two.image_mask)
+        assert torch.equal(
+            one.text if one.text is not None else one.image_mask, two.text if two.text is not None else two.image_mask
+        )
     assert torch.equal(first.dataset("train")[3][0].text, make(world)[0].dataset("train")[3][0].text)
     assert not torch.equal(first.dataset("train")[3][0].image_mask, other.dataset("train")[3][0].image_mask)
 
