@@ -17,6 +17,8 @@ from tiny_world import settings, write_settings, write_visual_tokenizer, write_w
 
 import mhmoe_vl
 from mhmoe_vl import cli
+from mhmoe_vl.data.shards import ShardSet
+from mhmoe_vl.data.writing import write_shard
 
 ROOT = Path(__file__).parents[1]
 ABOUT = "about"
@@ -72,6 +74,13 @@ def test_the_run_folder_holds_what_a_person_needs(finished):
     line = [json.loads(text) for text in (finished / "metrics.jsonl").read_text().splitlines()][-2]
     assert sum(line["load/blocks.1.joint"]) == pytest.approx(1)
     assert [sum(shares) for shares in line["load_by_stream/blocks.1.joint"]] == pytest.approx([1, 1])
+
+
+def test_golden_losses(finished):
+    """A change that should not change results leaves these as they are; rewrite the file only for one that should."""
+    golden = json.loads((Path(__file__).parent / "golden" / "pretrain_losses.json").read_text())
+    assert losses(finished) == pytest.approx(golden["loss"], rel=1e-4)
+    assert losses(finished, "balance_loss") == pytest.approx(golden["balance_loss"], rel=1e-4)
 
 
 def test_eval_repeats_the_best_scores(finished, capsys):
@@ -194,8 +203,6 @@ def test_a_checkpoint_of_another_model_is_refused(finished, world, tmp_path, cap
 
 
 def test_bad_samples_are_counted_in_training_and_stop_evaluation(world, tmp_path, capsys):
-    from mhmoe_vl.data.writing import write_shard
-
     samples = [(f"{i:03d}", {"txt": "a red half"}) for i in range(23)] + [("bad", {"txt": " \n"})]
     (tmp_path / "texts").mkdir()
     write_shard(tmp_path / "texts" / "a.tar", samples)
@@ -209,6 +216,23 @@ def test_bad_samples_are_counted_in_training_and_stop_evaluation(world, tmp_path
     capsys.readouterr()
     assert pretrain("--config", write_settings(tmp_path / "b.yaml", values)) == 2
     assert "a.tar:bad" in capsys.readouterr().err
+
+
+def test_an_unreadable_picture_is_counted_in_training_and_named_in_evaluation(world, tmp_path, capsys):
+    (tmp_path / "images").mkdir()
+    [whole] = [sample.members["png"] for sample in [ShardSet([str(world / "images/train/a.tar")])[0]]]
+    samples = [(f"{i:03d}", {"png": whole}) for i in range(7)] + [("cut", {"png": whole[:60]})]
+    write_shard(tmp_path / "images" / "a.tar", samples)
+    images = {"train": str(tmp_path / "images"), "val": "images/val", "batch_size": 8}
+    values = settings(world, tmp_path / "run", task={"images": images}, train={"steps": 2})
+    assert pretrain("--config", write_settings(tmp_path / "a.yaml", values)) == 0
+    line = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-2])
+    assert line["bad/image"] == 2
+    values["task"]["images"]["val"] = values["task"]["images"]["train"]
+    capsys.readouterr()
+    other = ["--output_dir", tmp_path / "other"]
+    assert pretrain("--config", write_settings(tmp_path / "b.yaml", values), *other) == 2
+    assert "a.tar:cut" in capsys.readouterr().err
 
 
 def test_help_needs_no_torch_and_lists_the_options():

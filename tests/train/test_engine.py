@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import random
 import signal
@@ -186,6 +187,20 @@ def test_a_damaged_checkpoint_costs_steps_but_not_the_run(tmp_path, whole, capsy
     told = capsys.readouterr().out
     assert f"warning: {path}: damaged" in told and "continues from" in told
     assert_same_run(tmp_path, whole)
+
+
+@pytest.mark.parametrize(("higher_is_better", "best"), [(False, 2), (True, 4)])
+def test_the_best_score_is_remembered(tmp_path, monkeypatch, higher_is_better, best):
+    """Scores of steps 0, 2, 4 and 6; that before training does not count, nor does one that is not a number."""
+    scores = iter([0.5, 3.0, 7.0, 5.0, math.nan])
+    monkeypatch.setattr(ToyTask, "score", lambda task, records: {"error": next(scores)})
+    monkeypatch.setattr(ToyTask, "higher_is_better", higher_is_better)
+    assert train(tmp_path, {"signal_at": 4}, train__eval_every=2) == 143
+    assert train(tmp_path, train__eval_every=2) == 0
+    assert train(tmp_path, train__eval_every=2, train__steps=8) == 0
+    assert checkpoint.read(tmp_path / "checkpoints/best").state["step"] == best
+    names = {path.name for path in (tmp_path / "predictions").iterdir()}
+    assert names == {f"val_step-{step:08d}.jsonl" for step in (best, 8)}
 
 
 def test_a_finished_run_does_nothing_twice(tmp_path, capsys):

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import pytest
 import torch
 from toy_task import BATCH, ToyTask, in_ranks, samples, toy_config
 
@@ -26,6 +27,23 @@ def test_counts_are_those_of_all_parts(tmp_path):
     labels = sum(int((part.label >= 0).sum()) for part in parts)
     assert counts.targets == {"label": labels, "never": 0, "y": BATCH * 6}
     assert (counts.samples, counts.bad, counts.images) == ([2, 2, 2, 2], 3, 5)
+
+
+def test_auxiliary_losses_are_means_over_parts(tmp_path):
+    trainer, parts = trainer_and_parts(tmp_path, accumulate=4, optim__balance_loss_weight=0.5, optim__clip_grad=None)
+    model = trainer.model
+    balance = torch.stack([model(part).aux_losses["balance_loss"] for part in parts]).mean()
+    terms = torch.stack([model(part).values["y"].square().sum() for part in parts]).sum() / (BATCH * 6)
+    gradients = torch.autograd.grad(terms + 0.5 * balance, [model.router.weight, model.experts])
+    expected = torch.stack([gradient.square().sum() for gradient in gradients]).sum().sqrt()
+    trainer.task.loss = lambda output, batch: {"y": output.values["y"].square().sum()}
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in ("router.weight", "experts"))
+    trainer.parameters = [model.router.weight, model.experts]
+    values = trainer.update(0, parts, trainer.count(parts), logged=True).values
+    assert values["balance_loss"] == pytest.approx(float(balance.detach()))
+    assert values["loss"] == pytest.approx(float((terms + 0.5 * balance).detach()))
+    assert values["grad_norm"] == pytest.approx(float(expected), rel=1e-5)
 
 
 def test_a_step_without_any_sample_is_left_out(tmp_path):
