@@ -17,10 +17,10 @@ demo: install
 	$(RUN) tools/demo.py --out out/demo
 
 test: install
-	$(RUN) -m pytest -n 2
+	$(RUN) -m pytest -n 2 --dist loadgroup
 
 test-fast: install
-	$(RUN) -m pytest -n 2 -m "not slow"
+	$(RUN) -m pytest -n 2 --dist loadgroup -m "not slow"
 
 lint: install
 	$(VENV)/bin/ruff check .

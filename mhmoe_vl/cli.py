@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import textwrap
 from collections.abc import Sequence
@@ -40,6 +41,8 @@ def run(kind: str, default_config: str, about: str, argv: Sequence[str] | None =
         argv: the command line without the program's name.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
+    # Threads that spin while they wait take the cores from the processes that prepare data; read when torch loads.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     sys.exit(guard(lambda: _run(kind, default_config, about, arguments), debug="--debug" in arguments))
 
 
