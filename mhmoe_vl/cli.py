@@ -26,7 +26,7 @@ usage: {tool} [--config FILE [FILE ...]] [--section.field VALUE ...]
   --version                 print the version
   --help                    this page
 
-Several processes: torchrun --nproc_per_node N {tool} ...
+Several processes: torchrun --nproc_per_node N {script} ...
 Options, with type and default; the order of precedence is defaults, files, options:
 """
 
@@ -48,8 +48,12 @@ def run(kind: str, default_config: str, about: str, argv: Sequence[str] | None =
 
 def _run(kind: str, default_config: str, about: str, arguments: list[str]) -> int:
     if "--help" in arguments or "-h" in arguments:
-        tool = f"python {Path(sys.argv[0]).parent.name}/{Path(sys.argv[0]).name}"
-        print(USAGE.format(tool=tool, about=textwrap.fill(about, 100), default=default_config))
+        script = "/".join(Path(sys.argv[0]).parts[-2:])
+        print(
+            USAGE.format(
+                tool=f"python {script}", script=script, about=textwrap.fill(about, 100), default=default_config
+            )
+        )
         print(config.describe(config.run_config(kind)))
         return 0
     if "--version" in arguments:
@@ -120,16 +124,10 @@ def build_task(settings: config.RunConfig) -> Any:
         "masked_modeling": masked_modeling.MaskedModeling,
         "visual_tokenizer": visual_tokenizer.VisualTokenizerTask,
     }
+    if settings.encoder is None and settings.task.kind != "visual_tokenizer":
+        raise ConfigError("encoder: not set (add the section, or a file of configs/model)")
+    inputs = settings.encoder and InputSpec.of(settings.encoder)
     options = settings.task.model_dump(exclude={"kind"})
-    inputs = None
-    if settings.encoder is not None:
-        size = settings.encoder.img_size
-        inputs = InputSpec(
-            (size, size) if isinstance(size, int) else tuple(size),
-            settings.encoder.patch_size,
-            settings.encoder.max_text_len,
-            settings.encoder.vocab_size,
-        )
     return tasks[settings.task.kind](inputs, seed=settings.seed, accumulate=settings.train.accumulate, **options)
 
 
@@ -157,7 +155,7 @@ def _train(settings: config.RunConfig) -> int:
     with engine.session(settings.train) as device:
         task, model = _assemble(settings)
         code = engine.fit(task, model, settings, output, device=device)
-        if code == 0:
+        if code == 0 and not (output / "baselines.json").exists():
             baselines = task.baselines(device)
             if distributed.is_main():
                 (output / "baselines.json").write_text(json.dumps(baselines, indent=1))

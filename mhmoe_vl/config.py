@@ -62,7 +62,9 @@ class DenseConfig(Section):
     hidden_dim: PositiveInt | Literal["parity"] | None = None
     """inner width; none means 4 times the token width"""
     activation: Literal["gelu", "relu", "swiglu"] = "gelu"
+    """between the two matrices; swiglu has a third one"""
     bias: bool = True
+    """biases on the matrices"""
     sub_ln: bool = False
     """LayerNorm over the inner width before the second matrix (Magneto, BEiT-3)"""
 
@@ -70,12 +72,15 @@ class DenseConfig(Section):
 class MoEConfig(Section):
     kind: Literal["moe"] = "moe"
     num_experts: PositiveInt | Literal["parity"] = 8
+    """experts to choose from"""
     hidden_dim: PositiveInt | Literal["parity"] | None = None
     """inner width of an expert; none means 4 times the token width"""
     top_k: PositiveInt = 1
     """experts chosen per routed row"""
     activation: Literal["gelu", "relu", "swiglu"] = "gelu"
+    """inside an expert; swiglu has a third matrix"""
     bias: bool = True
+    """biases on the experts' matrices"""
     router: RouterConfig = LinearRouterConfig()
     normalize_gates: bool = True
     """divide the gates of the chosen experts by their sum (never done for top_k = 1)"""
@@ -119,11 +124,15 @@ class ParityConfig(Section):
 
     kind: Literal["moe"] = "moe"
     num_experts: PositiveInt = 8
+    """experts of the baseline"""
     hidden_dim: PositiveInt | None = None
     """inner width of a baseline expert; none means 4 times the token width"""
     top_k: PositiveInt = 1
+    """experts chosen per token in the baseline"""
     activation: Literal["gelu", "relu", "swiglu"] = "gelu"
+    """inside an expert of the baseline"""
     bias: bool = True
+    """biases on the baseline's matrices"""
     num_shared_experts: int = Field(0, ge=0)
     """experts that every token passes in the baseline; give them to ``ffn`` too"""
     shared_hidden_dim: PositiveInt | None = None
@@ -135,12 +144,15 @@ class ParityConfig(Section):
 # ------------------------------------------------------------------------------------------- encoder
 class EncoderConfig(Section):
     embed_dim: PositiveInt = 192
+    """token width"""
     depth: PositiveInt = 6
+    """blocks"""
     num_heads: PositiveInt = 3
     """attention heads"""
     img_size: PositiveInt | Pair = 224
     """pixels, or (height, width)"""
     patch_size: PositiveInt = 16
+    """side of a patch in pixels"""
     vocab_size: PositiveInt = 64010
     """rows of the text embedding"""
     max_text_len: PositiveInt = 1022
@@ -164,9 +176,11 @@ class EncoderConfig(Section):
     drop_path: Fraction = 0.0
     """largest rate, growing linearly with depth"""
     dropout: Fraction = 0.0
+    """on embeddings and on the output of attention and feed-forward layers"""
     final_norm: bool = True
     """LayerNorm after the last block"""
     norm_eps: PositiveFloat = 1e-5
+    """epsilon of every LayerNorm"""
     grad_checkpointing: bool = False
     """recompute activations in the backward pass to save memory"""
 
@@ -242,6 +256,7 @@ class OpenClipTeacherConfig(Section):
 
     kind: Literal["open_clip"] = "open_clip"
     model: str = "ViT-B-16"
+    """open_clip's name of the model"""
     pretrained: str | None = None
     """open_clip tag or local checkpoint; none means random weights"""
 
@@ -253,20 +268,31 @@ class VisualTokenizerConfig(Section):
     """VQ-KD: ViT encoder, l2-normalised codebook, ViT decoder."""
 
     img_size: PositiveInt = 224
+    """side of the square picture in pixels"""
     patch_size: PositiveInt = 16
+    """side of a patch in pixels"""
     embed_dim: PositiveInt = 768
+    """width of the encoder"""
     depth: PositiveInt = 12
+    """blocks of the encoder"""
     num_heads: PositiveInt = 12
+    """attention heads of the encoder"""
     decoder_embed_dim: PositiveInt = 768
+    """width of the decoder"""
     decoder_depth: PositiveInt = 3
+    """blocks of the decoder"""
     decoder_num_heads: PositiveInt = 12
+    """attention heads of the decoder"""
     num_codes: PositiveInt = 8192
+    """entries of the codebook"""
     code_dim: PositiveInt = 32
+    """width of a code"""
     target_dim: PositiveInt = 768
     """width of the teacher's features (3 * patch_size**2 for pixels)"""
     ema_decay: Fraction = 0.99
     """of the codebook's moving averages"""
     commitment_weight: NonNegativeFloat = 1.0
+    """factor of the commitment loss"""
     revive_after: int = Field(100, ge=0)
     """training steps without use after which a code is re-seeded from the batch; 0 never"""
 
@@ -291,18 +317,25 @@ class OptimConfig(Section):
     lr: PositiveFloat = 1e-3
     """peak learning rate"""
     min_lr: NonNegativeFloat = 1e-6
+    """learning rate at the last step"""
     warmup_steps: int = Field(0, ge=0)
+    """steps of linear growth from 0 to the peak"""
     schedule: Literal["cosine", "linear"] = "cosine"
     """decay after the warm-up, down to min_lr at the last step"""
     betas: Annotated[tuple[Fraction, Fraction], Field(strict=False)] = (0.9, 0.98)
+    """AdamW's decay rates of the two moments"""
     eps: PositiveFloat = 1e-6
+    """AdamW's epsilon"""
     weight_decay: NonNegativeFloat = 0.05
+    """AdamW's, on matrices only"""
     layer_decay: Annotated[float, Field(gt=0, le=1)] = 1.0
     """learning rate factor from each block to the one below it"""
     clip_grad: PositiveFloat | None = 3.0
     """largest norm of all gradients together"""
     balance_loss_weight: NonNegativeFloat = 0.01
+    """factor of the balance loss, mean over layers of experts"""
     z_loss_weight: NonNegativeFloat = 0.0
+    """factor of the router z-loss, mean over layers of experts"""
 
 
 class TrainConfig(Section):
@@ -319,6 +352,7 @@ class TrainConfig(Section):
     num_workers: int = Field(1, ge=0)
     """processes that prepare data; the result does not depend on it"""
     log_every: PositiveInt = 10
+    """steps between log lines"""
     eval_every: int = Field(0, ge=0)
     """steps between evaluations; 0 evaluates at the end only (and before the first step)"""
     save_every: int = Field(0, ge=0)
@@ -386,12 +420,16 @@ def _refuse_tag(loader: _StrictLoader, node: yaml.Node) -> Any:
 
 _StrictLoader.add_constructor("tag:yaml.org,2002:map", _mapping)
 _StrictLoader.add_constructor(None, _refuse_tag)
-# YAML 1.1 reads 3e-4 as text and no/off/yes as booleans; scientific notation is a number here and
-# only true and false are booleans.
+# YAML 1.1 reads 3e-4 as text, no/off/yes as booleans and 2020-01-01 as a date. Here scientific notation is a number,
+# only true and false are booleans, there are no dates, and none is null, as --help writes it.
+_YAML_WORDS = {f"tag:yaml.org,2002:{name}" for name in ("bool", "null", "timestamp")}
 _StrictLoader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:bool"]
+    first: [(tag, pattern) for tag, pattern in resolvers if tag not in _YAML_WORDS]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
+_StrictLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:null", re.compile(r"^(?:~|null|Null|NULL|none|None|)$"), ["~", "n", "N", ""]
+)
 _StrictLoader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(?:true|false|True|False)$"), list("tfTF"))
 _StrictLoader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9][0-9_]*(?:\.[0-9_]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
@@ -506,6 +544,8 @@ def validate(model: type[Section], values: dict[str, Any], source: str = "config
         if first["type"] == "missing":
             raise ConfigError(f"{source}: {path} is not set (give it a value)") from error
         got = one_line(repr(first["input"]), 60)
+        if first["type"] in ("model_type", "model_attributes_type", "union_tag_not_found"):
+            raise ConfigError(f"{source}: {path or 'the file'} is a section, got {got} (write its fields)") from error
         raise ConfigError(f"{source}: {path}: {first['msg'].lower()}, got {got} (change the value)") from error
 
 

@@ -438,3 +438,12 @@ def paper1_beta(num_experts: int) -> float:
     It equals parameters only; FLOPs grow about fourfold with h = 4 (see paper 2).
     """
     return 1 - 1 / (4 * num_experts)
+
+
+def ffn_label(ffn: Mapping[str, Any]) -> str:
+    """A layer's settings in short: kind, experts x inner width, choices per row, sub-tokens."""
+    width = ffn["hidden_dim"] or "4d"
+    if ffn["kind"] == "dense":
+        return f"dense {width}"
+    subtokens = f" h{ffn['num_subtokens']}" if "num_subtokens" in ffn else ""
+    return f"{ffn['kind']} {ffn['num_experts']}x{width} k{ffn['top_k']}{subtokens}"

@@ -22,7 +22,7 @@ MAY_IMPORT = {
     "commands": {"data", "metrics", "models", "train.checkpoint"},
 }
 LAZY_OK = {"cli.py", "__init__.py"}
-OPTIONAL = {"open_clip", "sentencepiece", "tensorboard", "matplotlib"}
+OPTIONAL = {"open_clip", "sentencepiece", "tensorboard", "matplotlib", "pycocoevalcap"}
 SOURCES = sorted([*PACKAGE.rglob("*.py"), *(ROOT / "tools").glob("*.py"), *(ROOT / "data_prep").glob("*.py")])
 TREES = {path: ast.parse(path.read_text()) for path in SOURCES}
 

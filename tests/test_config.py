@@ -98,14 +98,22 @@ def test_help_lists_every_field():
             elif name != "kind":
                 yield f"--{prefix}{name} "
 
+    def nameless(model, prefix):
+        for name, field in model.model_fields.items():
+            choices = config.variants(field.annotation)
+            for choice in choices:
+                yield from nameless(choice, f"{prefix}{name}.")
+            if not choices and name != "kind" and not field.description:
+                yield prefix + name
+
     text = config.describe(config.RunConfig)
+    assert not list(nameless(config.RunConfig, ""))
     missing = [leaf for leaf in leaves(config.RunConfig, "") if leaf not in text]
     assert not missing
 
 
 def test_every_field_of_a_class_is_an_argument_of_its_constructor():
     from mhmoe_vl.models.encoder import Encoder
-
     from mhmoe_vl.models.visual_tokenizer import VisualTokenizer
     from mhmoe_vl.tasks.masked_modeling import MaskedModeling
 
@@ -120,8 +128,8 @@ def test_every_field_of_a_class_is_an_argument_of_its_constructor():
 
 
 def test_yaml_reads_scientific_numbers_and_refuses_words_as_booleans():
-    assert config.parse_overrides(["--a.b", "3e-4", "--a.c", "1E5", "--a.d", "on", "--a.e=true"]) == {
-        "a": {"b": 3e-4, "c": 1e5, "d": "on", "e": True}
+    assert config.parse_overrides(["--a.b", "3e-4", "--a.c", "1E5", "--a.d", "on", "--a.e=true", "--a.f", "none"]) == {
+        "a": {"b": 3e-4, "c": 1e5, "d": "on", "e": True, "f": None}
     }
 
 

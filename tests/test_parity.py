@@ -151,6 +151,19 @@ def test_encoder_formulas_equal_the_built_encoder(changes, inputs, split_path):
     assert total(parts).flops == measured_flops(lambda: encoder(images, text))
 
 
+def test_grouped_products_count_the_same_once_the_counter_knows_them():
+    def grouped_mm(rows, weights, *args, out_shape=None, **options):
+        return 2 * rows[0] * rows[1] * weights[-1]
+
+    ffn = MHMoEConfig(num_experts=5, hidden_dim=16, num_subtokens=2, bias=False)
+    layer, x = build_ffn(32, **ffn.model_dump()), torch.randn(1, 7, 32)
+    known = {torch.ops.aten._grouped_mm: grouped_mm}
+    with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=known) as counter:
+        layer(x)
+    assert torch.ops.aten._grouped_mm in counter.get_flop_counts()["Global"]
+    assert counter.get_total_flops() == total(count_ffn(ffn, 32, [7])).flops
+
+
 def test_parts_of_the_encoder_add_up():
     config = encoder_config(ffn=MHMoEConfig(num_experts=3, hidden_dim=16))
     encoder = Encoder(**config.model_dump())

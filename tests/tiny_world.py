@@ -98,7 +98,15 @@ def settings(world: Path, out: Path, **changes) -> dict:
             "text_mask_ratio": 0.3,
         },
         "optim": {"lr": 3e-3, "warmup_steps": 2},
-        "train": {"steps": 6, "log_every": 1, "eval_every": 3, "num_workers": 0, "threads": 1, "precision": "float32"},
+        "train": {
+            "steps": 6,
+            "log_every": 1,
+            "eval_every": 3,
+            "num_workers": 0,
+            "threads": 1,
+            "precision": "float32",
+            "device": "cpu",
+        },
     }
     return config.merge(values, changes)
 

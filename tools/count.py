@@ -72,7 +72,7 @@ def measure(encoder: EncoderConfig, baseline: ParityConfig | None, options: argp
 
 def print_table(models: list[dict[str, Any]]) -> None:
     """A column per model, a row per number; parts that no model has are left out."""
-    rows = [("", [Path(m["config"]).stem for m in models]), ("ffn", [describe(m["ffn"]) for m in models])]
+    rows = [("", [Path(m["config"]).stem for m in models]), ("ffn", [parity.ffn_label(m["ffn"]) for m in models])]
     rows += numbers("parameters, M", models, 1e6, lambda m: {**m["parameters"], **column(m, "parameters")})
     flops = "FLOPs, M (by part: image-text pair, or the only input)"
     rows += numbers(flops, models, 1e6, lambda m: {**m["flops"], **column(m, "flops")})
@@ -98,15 +98,6 @@ def numbers(title: str, models: list[dict[str, Any]], unit: float, pick: Any, st
     names = sorted({n: 0 for c in columns for n in c}, key=lambda n: order.index(n) if n in order else -1)
     cells = [[format(c[name] / unit, style) if name in c else "-" for c in columns] for name in names]
     return [("", []), (title, []), *zip([f"  {name}" for name in names], cells, strict=True)]
-
-
-def describe(ffn: dict[str, Any]) -> str:
-    """Kind, experts x inner width, choices per row, sub-tokens."""
-    width = ffn["hidden_dim"] or "4d"
-    if ffn["kind"] == "dense":
-        return f"dense {width}"
-    subtokens = f" h{ffn['num_subtokens']}" if "num_subtokens" in ffn else ""
-    return f"{ffn['kind']} {ffn['num_experts']}x{width} k{ffn['top_k']}{subtokens}"
 
 
 if __name__ == "__main__":

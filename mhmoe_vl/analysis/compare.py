@@ -7,51 +7,61 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
+from ..parity import ffn_label
+
 TERMS = ("images", "texts", "pairs_image", "pairs_text")
 Line = dict[str, Any]
 
 
 def comparison_table(ledger: Sequence[Line], reference: str) -> str:
-    """Markdown: one row a variant, means over seeds with the standard deviation behind the sign.
+    """Two tables in Markdown, one row a variant: what it is and how well it does, and how far it is from ``reference``.
 
-    The last column is the mean over seeds of the difference in loss (nats, mean of the four terms) to ``reference``
-    with the same seed and so the same data, with the standard error of that mean.
+    Numbers are means over seeds, with the standard deviation behind the sign. Differences are in loss (nats), paired by
+    seed and so by data, with the standard error of their mean.
 
     Args:
         ledger: lines of ``tools/compare_ffn.py``.
         reference: variant that the paired differences are taken to.
     """
-    variants = list(dict.fromkeys(line["variant"] for line in ledger))
-    header = ["variant", "experts", "parameters, M", "active, M", "GFLOPs a pair", *TERMS, "all four"]
-    header += ["load min / max", "dead", "s a step", "minutes", "seeds", f"loss minus {reference}"]
-    rows = [header, ["---"] * len(header)]
-    for variant in variants:
-        rows.append(_row(variant, [line for line in ledger if line["variant"] == variant], ledger, reference))
-    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+    variants = {line["variant"]: [other for other in ledger if other["variant"] == line["variant"]] for line in ledger}
+    scores = ["variant", "layer", "parameters, M", "active, M", "GFLOPs a pair", *TERMS, "perplexity"]
+    scores += ["load min / max", "dead", "s a step"]
+    differences = [f"loss minus {reference}", *TERMS, "mean of the four", "seeds"]
+    return "\n\n".join(
+        [
+            _markdown([scores, *(_scores(name, lines) for name, lines in variants.items())]),
+            _markdown(
+                [
+                    differences,
+                    *(_differences(name, lines, variants.get(reference, [])) for name, lines in variants.items()),
+                ]
+            ),
+        ]
+    )
 
 
-def _row(variant: str, lines: Sequence[Line], ledger: Sequence[Line], reference: str) -> list[str]:
-    count, ffn = lines[0]["count"], lines[0]["count"]["ffn"]
-    summaries = [line["summary"] for line in lines]
-    perplexities = [_spread([s[f"perplexity/{term}/after"] for s in summaries]) for term in TERMS]
+def _markdown(rows: Sequence[Sequence[str]]) -> str:
+    header, *body = rows
+    return "\n".join("| " + " | ".join(row) + " |" for row in (header, ["---"] * len(header), *body))
+
+
+def _scores(variant: str, lines: Sequence[Line]) -> list[str]:
+    count, summaries = lines[0]["count"], [line["summary"] for line in lines]
     load = "-"
     if "expert_share_min" in summaries[0]:
         smallest = min(s["expert_share_min"] for s in summaries)
         load = f"{smallest:.1%} / {max(s['expert_share_max'] for s in summaries):.1%}"
     return [
         variant,
-        ffn.split(maxsplit=1)[1],
+        ffn_label(count["ffn"]),
         f"{count['parameters']['total'] / 1e6:.2f}",
         f"{count['parameters']['active'] / 1e6:.2f}",
         f"{count['flops']['pair'] / 1e9:.3f}",
-        *perplexities,
+        *(_spread([s[f"perplexity/{term}/after"] for s in summaries]) for term in TERMS),
         _spread([s["perplexity/after"] for s in summaries]),
         load,
         f"{max(s.get('dead_experts', 0) for s in summaries):.0f}",
         f"{statistics.median(s['step_seconds'] for s in summaries):.2f}",
-        f"{statistics.median(line['seconds'] for line in lines) / 60:.1f}",
-        " ".join(str(line["seed"]) for line in lines),
-        _paired(lines, [line for line in ledger if line["variant"] == reference]),
     ]
 
 
@@ -60,12 +70,18 @@ def _spread(values: Sequence[float]) -> str:
     return f"{statistics.mean(values):.4g}{deviation}"
 
 
-def _paired(lines: Sequence[Line], reference: Sequence[Line]) -> str:
-    losses = {line["seed"]: math.log(line["summary"]["perplexity/after"]) for line in reference}
-    differences = [
-        math.log(line["summary"]["perplexity/after"]) - losses[line["seed"]] for line in lines if line["seed"] in losses
-    ]
-    if not differences or lines[0] in reference:
+def _differences(variant: str, lines: Sequence[Line], reference: Sequence[Line]) -> list[str]:
+    keys = [f"perplexity/{term}/after" for term in TERMS] + ["perplexity/after"]
+    by_seed = {line["seed"]: line for line in reference}
+    pairs = [(line["summary"], by_seed[line["seed"]]["summary"]) for line in lines if line["seed"] in by_seed]
+    cells = [_paired([math.log(mine[key] / theirs[key]) for mine, theirs in pairs]) for key in keys]
+    if lines and lines[0] in reference:
+        cells = ["0"] * len(keys)
+    return [variant, *cells, " ".join(str(line["seed"]) for line in sorted(lines, key=lambda line: line["seed"]))]
+
+
+def _paired(differences: Sequence[float]) -> str:
+    if not differences:
         return "-"
     error = f" ± {statistics.stdev(differences) / math.sqrt(len(differences)):.3f}" if len(differences) > 1 else ""
     return f"{statistics.mean(differences):+.3f}{error}"

@@ -8,6 +8,8 @@ from typing import Any, NamedTuple, Protocol
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from ..config import EncoderConfig
+
 Record = dict[str, Any]
 """One prediction: JSON values under the official key names, with a unique ``id``."""
 
@@ -30,12 +32,19 @@ class ModelOutput(NamedTuple):
 
 
 class InputSpec(NamedTuple):
-    """What data must look like to fit the encoder: pixels (height, width), pixels, tokens, rows."""
+    """What data must look like to fit the encoder: pixels (height, width), pixels, tokens, rows, branches."""
 
     img_size: tuple[int, int]
     patch_size: int
     max_text_len: int
     vocab_size: int
+    modalities: tuple[str, ...]
+
+    @classmethod
+    def of(cls, encoder: EncoderConfig) -> InputSpec:
+        """The inputs of the encoder that ``encoder`` describes."""
+        size = encoder.img_size if isinstance(encoder.img_size, tuple) else (encoder.img_size, encoder.img_size)
+        return cls(size, encoder.patch_size, encoder.max_text_len, encoder.vocab_size, encoder.modalities)
 
 
 class Task(Protocol):

@@ -107,8 +107,8 @@ class MaskedExamples:
             example["image_mask"] = block_mask(*self.grid, self.num_masked, self.min_block, rng).reshape(-1)
         if self.stream != "images":
             texts = captions(sample)
-            ids = self.tokenizer.encode(texts[rng.integers(len(texts))] if self.train else texts[0])
-            ids = np.asarray([*ids[: self.max_text_len - 1], ids[-1]] if len(ids) > self.max_text_len else ids)
+            text = texts[rng.integers(len(texts))] if self.train else texts[0]
+            ids = np.asarray(self.tokenizer.encode(text, self.max_text_len))
             example |= {"text": ids, "text_mask": text_mask(ids, self.tokenizer.special_ids, self.text_ratio, rng)}
         return example
 

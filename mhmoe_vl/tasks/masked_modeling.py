@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import cache, partial
@@ -28,7 +28,7 @@ from ..data.sample import BadSample, Sample
 from ..data.shards import ShardSet, expand_shards
 from ..data.text import create_text_tokenizer
 from ..data.transforms import ImageTransform
-from ..errors import ConfigError
+from ..errors import ConfigError, DataError
 from ..models.encoder import Encoder
 from ..models.visual_tokenizer import load_visual_tokenizer
 from .base import InputSpec, ModelOutput, Record
@@ -49,6 +49,8 @@ class MaskedModelingModel(nn.Module):
         encoder: gives features for images and texts.
         num_codes: entries of the visual codebook; none when no stream has pictures.
     """
+
+    find_unused_parameters = True  # a head that a rank's batch has nothing for
 
     def __init__(self, encoder: Encoder, *, num_codes: int | None) -> None:
         super().__init__()
@@ -138,6 +140,7 @@ class MaskedModeling:
         self.streams = {name: given for name, given in zip(STREAMS, (images, texts, pairs), strict=True) if given}
         if not self.streams:
             raise ConfigError("task: no data (set task.images, task.texts or task.pairs)")
+        self._check_branches()
         self.unigram_samples = unigram_samples
         self.text_mask_ratio = {"texts": text_mask_ratio, "pairs": pair_text_mask_ratio}
         self.grid = (inputs.img_size[0] // inputs.patch_size, inputs.img_size[1] // inputs.patch_size)
@@ -162,6 +165,16 @@ class MaskedModeling:
             self._source(name, "train")
             self._source(name, "val")
 
+    def _check_branches(self) -> None:
+        needed = {"images": {"image"}, "texts": {"text"}, "pairs": {"image", "text"}}
+        for name in self.streams:
+            missing = needed[name] - set(self.inputs.modalities)
+            if missing:
+                raise ConfigError(
+                    f"task.{name}: needs the {' and '.join(sorted(missing))} branch, encoder.modalities is"
+                    f" {list(self.inputs.modalities)} (build the branch or leave the stream out)"
+                )
+
     def _load_visual_tokenizer(self, path: str | None) -> nn.Module:
         if path is None:
             raise ConfigError(
@@ -183,7 +196,7 @@ class MaskedModeling:
         shards = self.streams[stream][split]
         return open_shards(expand_shards(shards, self.data_dir)) if shards else None
 
-    def dataset(self, split: str) -> StepDataset | ConcatDataset:
+    def dataset(self, split: str) -> StepDataset | Sequence[MaskedBatch]:
         """Training batches by step, or this rank's share of the validation batches, stream by stream."""
         rank, world = distributed.rank(), distributed.world_size()
         if split == "train":
@@ -194,20 +207,19 @@ class MaskedModeling:
             return StepDataset(
                 streams, self.collate, seed=self.seed, accumulate=self.accumulate, rank=rank, world=world
             )
-        return ConcatDataset(
-            [
-                eval_batches(
-                    self._source(name, "val"),
-                    self._examples(name, train=False),
-                    given["batch_size"],
-                    partial(self._collate_one, name),
-                    rank=rank,
-                    world=world,
-                )
-                for name, given in self.streams.items()
-                if given["val"]
-            ]
-        )
+        parts = [
+            eval_batches(
+                self._source(name, "val"),
+                self._examples(name, train=False),
+                given["batch_size"],
+                partial(self._collate_one, name),
+                rank=rank,
+                world=world,
+            )
+            for name, given in self.streams.items()
+            if given["val"]
+        ]
+        return ConcatDataset(parts) if parts else []
 
     def _collate_one(self, stream: str, examples: list[dict[str, Any]]) -> MaskedBatch:
         return self.collate({stream: examples})
@@ -308,6 +320,8 @@ class MaskedModeling:
         for sample in self._first_samples(term.split("_")[0]):
             with suppress(BadSample):
                 found.append(self._pieces(sample) if is_text else self._codes(sample, device))
+        if not found:
+            raise DataError(f"task.{term.split('_')[0]}.train: no sample can be read (run mhmoe-vl check-data)")
         counts = torch.bincount(torch.cat(found), minlength=size).double() + UNIGRAM_SMOOTHING
         return (counts / counts.sum()).log().float().to(device)
 
@@ -321,7 +335,8 @@ class MaskedModeling:
 
     def _pieces(self, sample: Sample) -> Tensor:
         special = self.tokenizer.special_ids
-        return torch.tensor([i for text in captions(sample) for i in self.tokenizer.encode(text) if i not in special])
+        pieces = [i for text in captions(sample) for i in self.tokenizer.encode(text) if i not in special]
+        return torch.tensor(pieces, dtype=torch.int64)
 
     def _codes(self, sample: Sample, device: torch.device) -> Tensor:
         _, picture = self.val_pictures(sample.image(), np.random.default_rng(0))
