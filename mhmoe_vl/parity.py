@@ -14,7 +14,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from .config import CosineRouterConfig, DenseConfig, EncoderConfig, MHMoEConfig, MoEConfig, ParityConfig, RouterConfig
 from .errors import ConfigError

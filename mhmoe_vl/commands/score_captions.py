@@ -40,26 +40,31 @@ def run(arguments: argparse.Namespace) -> int:
     references = read_references(arguments.annotations)
     predictions = read_json(arguments.predictions)
     problems = list(find_problems(arguments.predictions, predictions, references))
-    if problems and not arguments.check:
-        raise DataError(problems[0])
-    for problem in problems:
-        print(f"error: {one_line(problem)}", file=sys.stderr)
+    if arguments.check and not _report(arguments, problems, references):
+        return 2 if problems else 0
     if problems:
-        return 2
-    if arguments.check:
-        print(f"{arguments.predictions}: {len(predictions)} captions, one for each image")
-    bare = [image for image, captions in references.items() if not captions]
-    if arguments.check and len(bare) == len(references):
-        print(f"{arguments.annotations}: no captions in it, so nothing to score")
-        return 0
-    if bare:
-        what = f"{len(bare)} of {len(references)} images have no caption, first image {bare[0]}"
+        raise DataError(problems[0])
+    if bare := [image for image, captions in references.items() if not captions]:
+        what = f"{len(bare)} of {len(references)} images without caption, first image {bare[0]}"
         raise DataError(f"{arguments.annotations}: annotations: {what} (score against a split with captions)")
     scores = score(references, {entry["image_id"]: entry["caption"] for entry in predictions}, arguments.tokenizer)
     print(_table(scores))
     if arguments.json is not None:
         _write(arguments.json, scores)
     return 0
+
+
+def _report(arguments: argparse.Namespace, problems: list[str], references: dict[int, list[str]]) -> bool:
+    """Print what ``--check`` found; whether there is something to score."""
+    for problem in problems:
+        print(f"error: {one_line(problem)}", file=sys.stderr)
+    if problems:
+        return False
+    print(f"{arguments.predictions}: {len(references)} captions, one for each image")
+    if any(references.values()):
+        return True
+    print(f"{arguments.annotations}: no captions in it, so nothing to score")
+    return False
 
 
 def read_references(path: Path) -> dict[int, list[str]]:
@@ -85,10 +90,12 @@ def find_problems(path: Path, predictions: Any, images: Collection[int]) -> Iter
     """One line for each kind of mistake: wrong types, double ids, ids that are not in the split, missing ones."""
     if wrong := items(PREDICTION)(predictions):
         place, what = wrong[0]
-        count = f"{len(wrong)} values of the wrong type, first: {what}"
-        yield f'{path}: {place}: {count} (write [{{"image_id": 1, "caption": "a cat"}}, ...])'
-    entries = predictions if isinstance(predictions, list) else []
-    places = {number: entry["image_id"] for number, entry in enumerate(entries) if not PREDICTION(entry)}
+        count = f"{len(wrong)} values missing or of the wrong type, first: {what}"
+        remedy = 'write [{"image_id": 1, "caption": "a cat"}, ...]'
+        yield f"{': '.join(filter(None, [str(path), place]))}: {count} ({remedy})"
+    if not isinstance(predictions, list):
+        return
+    places = {number: entry["image_id"] for number, entry in enumerate(predictions) if not PREDICTION(entry)}
     times, known = Counter(places.values()), set(images)
     if double := [number for number, image in places.items() if times[image] > 1]:
         count = f"{len({places[number] for number in double})} image ids given twice or more"

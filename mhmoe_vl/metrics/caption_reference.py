@@ -43,7 +43,7 @@ def ptb_tokenize(captions: Mapping[Hashable, Sequence[str]]) -> dict[Hashable, l
     lines = {image: [{"caption": " ".join(text.split())} for text in texts] for image, texts in captions.items()}
     tokens = _with_java(lambda: PTBTokenizer().tokenize(lines))
     if {image: len(texts) for image, texts in tokens.items()} != {image: len(texts) for image, texts in lines.items()}:
-        raise ConfigError(f"--tokenizer ptb: Java gave fewer texts than it got (take --tokenizer own)")
+        raise ConfigError("--tokenizer ptb: Java gave fewer texts than it got (take --tokenizer own)")
     return tokens
 
 

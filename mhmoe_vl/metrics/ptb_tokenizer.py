@@ -37,18 +37,23 @@ ABBREVIATIONS = r"""
     mr mrs ms drs? profs? sens? reps? attys? lt col gen messrs govs? adm rev maj sgt cpl pvt capt ste? ave pres lieut
     hon brig co?mdr pfc spc supts? det mt ft adj adv asst assoc ens insp mlle mme msgr sfc
     invt elec natl m[ft]g vs? wm jos cie cf
-""".split()
+"""
 """Words that keep the period after them, also at the end of a sentence."""
 
-NUMBER_ABBREVIATIONS = "ca figs? props? nos? arts? bldg pp op".split()
+NUMBER_ABBREVIATIONS = "ca figs? props? nos? arts? bldg pp op"
 """Words that keep it before a number only."""
 
 SENTENCE_STARTS = """
     A About According Additionally After All Also Although An Another As At Before Both But By Did During Each Earlier
     Following For From He Her Here His How However If In It Its Last Later Many More Most Now On Once One Other Our She
     Since So Some Such That The Their Then There These They This Two Under Upon We When While What Who Why Yet You
-""".split()
+"""
 """Before these a single letter with a period ends a sentence ("plan B. The"), and is no initial ("B. Jones")."""
+
+
+def _any(table: str) -> str:
+    return "|".join(table.split())
+
 
 LETTER, INSIDE = r"[^\W\d_]", r"(?:[^\W_]|[\u0300-\u036f])*"
 WORD = rf"{LETTER}{INSIDE}(?:[.!?]{LETTER}{INSIDE})*"
@@ -86,9 +91,9 @@ RULES = tuple(
         rf"({SLASHED}(?:/{SLASHED}){{1,2}})",
         r"(?-i:([A-Z]+(?:[+&][A-Z]+)+|[A-Z]*\$))",
         # Words that keep their period.
-        rf"((?:{'|'.join(ABBREVIATIONS)})\.)(?!{LETTER})",
-        rf"((?:{'|'.join(NUMBER_ABBREVIATIONS)})\.)\s?\d",
-        rf"([a-z])\.\s+(?-i:{'|'.join(SENTENCE_STARTS)})\s",
+        rf"((?:{_any(ABBREVIATIONS)})\.)(?!{LETTER})",
+        rf"((?:{_any(NUMBER_ABBREVIATIONS)})\.)\s?\d",
+        rf"([a-z])\.\s+(?-i:{_any(SENTENCE_STARTS)})\s",
         r"((?:[a-z]\.)+)",
         rf"({WORD}\.)[,;:]",
         # Marks; other characters, such as emoji, are passed over.

@@ -1,1 +1,1 @@
-"""Encoders, heads, tokenizers and detectors, and how they are made, loaded and converted."""
+"""The encoder, what is built on it, visual tokenizers, and published checkpoints."""
