@@ -11,17 +11,9 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-from packing import (
-    add_picture_options,
-    find_bad_pictures,
-    make_parser,
-    pack_split,
-    picture_member,
-    run,
-    settle,
-    write_whole,
-)
+from packing import add_picture_options, find_bad_pictures, make_parser, pack_split, picture_member, run, settle
 
+from mhmoe_vl.data.manifest import write_text
 from mhmoe_vl.data.writing import Members
 from mhmoe_vl.errors import DataError
 
@@ -65,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     settle(list(bad.values()), args.skip_bad)
     good = [picture for picture in pictures if picture[0] not in bad]
     pack_split(args, good, partial(picture_members, args.images, classes), {"source": "imagefolder"})
-    write_whole(args.out / "classes.json", json.dumps(classes, indent=0, ensure_ascii=False))
+    write_text(args.out / "classes.json", json.dumps(classes, indent=0, ensure_ascii=False))
 
 
 if __name__ == "__main__":

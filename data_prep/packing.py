@@ -18,20 +18,14 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from mhmoe_vl.data.manifest import write_text
 from mhmoe_vl.data.sample import size_limit
 from mhmoe_vl.data.writing import Members, pack_shards
-from mhmoe_vl.errors import DataError, MhmoeError, one_line
+from mhmoe_vl.errors import DataError, MhmoeError, OneLineParser, one_line
 
 Item = TypeVar("Item")
 EXTENSION_OF_FORMAT = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}
 """Formats that may stand in a shard, as the file's content tells them; a file's own ending is not believed."""
-
-
-class OneLineParser(argparse.ArgumentParser):
-    """An ``ArgumentParser`` whose errors are one line and exit code 2."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"error: {one_line(message)} (see --help)\n")
 
 
 def make_parser(
@@ -86,7 +80,7 @@ def run(main: Callable[[], None]) -> NoReturn:
         main()
     except (MhmoeError, OSError) as error:
         what = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else error
-        print(f"error: {one_line(what)}", file=sys.stderr)
+        print(one_line(f"error: {what}"), file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("stopped; the same command finishes the work", file=sys.stderr)
@@ -117,13 +111,6 @@ def read_json(path: Path) -> Any:
         raise DataError(f"{path}:{error.lineno}: not JSON: {error.msg} (mend or download it again)") from error
     except RecursionError as error:
         raise DataError(f"{path}: JSON nested too deep (mend or download it again)") from error
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a file that is there whole or not at all."""
-    part = path.with_name(path.name + ".part")
-    part.write_text(text, encoding="utf-8")
-    part.replace(path)
 
 
 # -------------------------------------------------------------------------------------------- pictures
@@ -269,7 +256,7 @@ def _claim(out: Path, settings: dict[str, Any]) -> None:
     if found := next(out.rglob("*.tar"), None):
         raise DataError(f"{found}: already there and not from this script (choose another --out)")
     out.mkdir(parents=True, exist_ok=True)
-    write_whole(note, json.dumps(settings, indent=1))
+    write_text(note, json.dumps(settings, indent=1))
 
 
 # -------------------------------------------------------------------------------------------- captioned pictures

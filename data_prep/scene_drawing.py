@@ -38,7 +38,6 @@ BACKGROUNDS = {
 TEXTURES = ("plain", "striped", "dotted")
 RADII = {"small": 0.10, "large": 0.18}
 """Radius of the circle around a shape, as a share of the picture's side; single shapes differ from it by up to 8 %."""
-RELATIONS = ("left of", "right of", "above", "below")
 MAX_OBJECTS = 4
 
 MARGIN, GAP = 0.03, 0.03

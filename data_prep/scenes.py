@@ -15,13 +15,14 @@ from collections.abc import Callable, Hashable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from packing import make_parser, pack, positive_number, run, sample_key, whole_number, write_whole
+from packing import make_parser, pack, positive_number, run, sample_key, whole_number
 from scene_captions import LANGUAGES, caption
 from scene_drawing import Scene, draw, pick, sample_scene
 
+from mhmoe_vl.data.manifest import write_text
 from mhmoe_vl.data.writing import Members
 
-MIN_SIZE = 32
+MIN_SIZE, MAX_SIZE = 32, 2048
 JPEG_QUALITY = 92
 
 
@@ -120,11 +121,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = make_parser(__doc__, val_fraction=0.1, val_help=val_help)
     for name, count in {"pairs": 2000, "images": 2000, "texts": 4000}.items():
         parser.add_argument(f"--{name}", type=whole_number, default=count, help="training examples; 0: leave out")
-    size_help = f"side of the pictures in pixels, at least {MIN_SIZE}"
+    size_help = f"side of the pictures in pixels, {MIN_SIZE} to {MAX_SIZE}"
     parser.add_argument("--size", type=positive_number, default=128, help=size_help)
     args = parser.parse_args(argv)
-    if args.size < MIN_SIZE:
-        parser.error(f"--size {args.size}: shapes need at least {MIN_SIZE} px")
+    if not MIN_SIZE <= args.size <= MAX_SIZE:
+        parser.error(f"--size {args.size}: pictures have {MIN_SIZE} to {MAX_SIZE} px")
+    if not any(getattr(args, name) for name in STREAMS):
+        parser.error(f"{' '.join(f'--{name} 0' for name in STREAMS)}: nothing to draw")
     for name, stream in STREAMS.items():
         if num_train := getattr(args, name):
             num_val = round(num_train * args.val_fraction)
@@ -139,7 +142,7 @@ def pack_stream(args: argparse.Namespace, name: str, stream: Stream, splits: dic
     for split, items in splits.items() if stream.truth else ():
         lines = [{"key": sample_key(i), **stream.truth(item)} for i, item in enumerate(items)]
         text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-        write_whole(args.out / name / split / "scenes.jsonl", text)
+        write_text(args.out / name / split / "scenes.jsonl", text)
 
 
 if __name__ == "__main__":

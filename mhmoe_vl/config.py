@@ -157,7 +157,7 @@ class EncoderConfig(Section):
     """rows of the text embedding"""
     max_text_len: PositiveInt = 1022
     """text positions"""
-    modalities: Annotated[tuple[Literal["image", "text"], ...], Field(strict=False)] = ("image", "text")
+    modalities: Annotated[tuple[Literal["image", "text"], ...], Field(strict=False, min_length=1)] = ("image", "text")
     """branches to build"""
     multiway: Literal["decoupled", "shared_attention", "shared"] = "decoupled"
     """decoupled: everything per modality; shared_attention: FFN per modality; shared: one set of weights"""

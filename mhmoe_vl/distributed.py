@@ -48,15 +48,18 @@ def select_device(name: str) -> torch.device:
     """The device that a configuration names; ``auto`` and ``cuda`` take the GPU of this rank on its node.
 
     Raises:
-        ConfigError: the device does not exist here.
+        ConfigError: the device does not exist here, or is neither the processor nor a GPU.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
-    except RuntimeError as error:
-        raise ConfigError(f"train.device: {name!r} is no device (cpu, cuda, cuda:1 or auto)") from error
-    if device.type != "cuda":
+        known = device.type in ("cpu", "cuda")
+    except RuntimeError:
+        known = False
+    if not known:
+        raise ConfigError(f"train.device: {name!r} is no device to train on (set cpu, cuda, cuda:1 or auto)")
+    if device.type == "cpu":
         return device
     index = int(os.environ.get("LOCAL_RANK", "0")) if device.index is None else device.index
     if index >= torch.cuda.device_count():
@@ -78,12 +81,6 @@ def shutdown() -> None:
     """Leave the process group, if there is one."""
     if _initialised():
         dist.destroy_process_group()
-
-
-def barrier() -> None:
-    """Wait until every rank has come here."""
-    if world_size() > 1:
-        dist.barrier()
 
 
 @contextlib.contextmanager

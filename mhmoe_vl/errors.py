@@ -4,8 +4,10 @@ The command line prints them as ``error: <message>`` and exits with code 2 (``--
 traceback). The message reads ``<file>[:<member, path or line>]: <what, with the value> (<what to do>)``.
 """
 
+import argparse
 import sys
 from collections.abc import Callable
+from typing import NoReturn
 
 
 class MhmoeError(Exception):
@@ -34,8 +36,16 @@ def one_line(text: object, limit: int = 300) -> str:
     return shown if len(shown) <= limit else shown[: limit - 3] + "..."
 
 
+class OneLineParser(argparse.ArgumentParser):
+    """An ``ArgumentParser``, and parent of such subparsers, whose errors are one line and exit code 2."""
+
+    def error(self, message: str) -> NoReturn:
+        hint = " (see --help)"
+        self.exit(2, one_line(f"error: {message}", 300 - len(hint)) + hint + "\n")
+
+
 def guard(action: Callable[[], int], *, debug: bool = False) -> int:
-    """The exit code of ``action``; an error of ours becomes one line on stderr and exit code 2.
+    """The exit code of ``action``; an error of ours becomes one line on stderr and exit code 2, Ctrl-C becomes 130.
 
     Args:
         action: what a command does.
@@ -46,8 +56,11 @@ def guard(action: Callable[[], int], *, debug: bool = False) -> int:
     except MhmoeError as error:
         if debug:
             raise
-        print(f"error: {one_line(error)}", file=sys.stderr)
+        print(one_line(f"error: {error}"), file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return 130
     except BrokenPipeError:
         sys.stderr.close()
         return 1

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
+from .checks import check_blocks, check_experts, check_heads, check_splitting, check_subtokens, patch_grid
 from .config import CosineRouterConfig, DenseConfig, EncoderConfig, MHMoEConfig, MoEConfig, ParityConfig, RouterConfig
 from .errors import ConfigError
 
@@ -126,8 +127,7 @@ def count_ffn(ffn: DenseConfig | MoEConfig, dim: int, lengths: Sequence[int] = (
     if isinstance(ffn, DenseConfig):
         return {"dense_ffn": mlp(dim, hidden_dim, tokens) + (_norm(hidden_dim) if ffn.sub_ln else Cost())}
     num_subtokens = ffn.num_subtokens if isinstance(ffn, MHMoEConfig) else 1
-    if dim % num_subtokens:
-        raise ConfigError(f"num_subtokens: {num_subtokens} does not divide the width {dim} (choose a divisor)")
+    check_subtokens(dim, num_subtokens)
     rows = num_subtokens * sum(_split_length(ffn, length) for length in lengths)
     chosen = min(ffn.num_experts, num_subtokens * ffn.top_k)
     expert = mlp(dim // num_subtokens, hidden_dim, rows * ffn.top_k)
@@ -171,8 +171,8 @@ def _router(router: RouterConfig, dim: int, num_experts: int, rows: int) -> Cost
 # ------------------------------------------------------------------------------------------ encoder
 def image_tokens(encoder: EncoderConfig) -> int:
     """Tokens of an image: its patches and the class token."""
-    height, width = (encoder.img_size, encoder.img_size) if isinstance(encoder.img_size, int) else encoder.img_size
-    return 1 + (height // encoder.patch_size) * (width // encoder.patch_size)
+    size = (encoder.img_size, encoder.img_size) if isinstance(encoder.img_size, int) else encoder.img_size
+    return 1 + math.prod(patch_grid(*size, encoder.patch_size))
 
 
 def widest_input(encoder: EncoderConfig) -> Inputs:
@@ -198,16 +198,17 @@ def count_encoder(
             vocabulary, both at every position (training scores masked positions only).
 
     Raises:
-        ConfigError: the encoder has no branch for ``inputs``, or the text is too long.
+        ConfigError: no such encoder can be built, it has no branch for ``inputs``, or the text is too long.
     """
+    _check(encoder)
     wanted = ("image", "text") if inputs == "pair" else (inputs,)
     if not set(wanted) <= set(encoder.modalities):
         raise ConfigError(f"modalities: {', '.join(encoder.modalities)} cannot take {inputs} inputs (add the other)")
     text_len = min(TEXT_LEN, encoder.max_text_len) if text_len is None else text_len
     if text_len > encoder.max_text_len:
         raise ConfigError(f"text_len: {text_len} tokens for {encoder.max_text_len} text positions (choose fewer)")
-    lengths = {"image": image_tokens(encoder), "text": text_len}
-    lengths = {name: lengths[name] * (name in wanted) for name in sorted(set(encoder.modalities))}
+    tokens = {"text": text_len} | ({"image": image_tokens(encoder)} if "image" in encoder.modalities else {})
+    lengths = {name: tokens[name] * (name in wanted) for name in sorted(set(encoder.modalities))}
     counts = [_embeddings(encoder, lengths), {"norms": _norms(encoder)}]
     counts += [_block(encoder, index, lengths, inputs == "pair") for index in range(encoder.depth)]
     if num_codes is not None:
@@ -215,6 +216,19 @@ def count_encoder(
         counts += [{"heads": _linear(encoder.embed_dim, outputs[name], n)} for name, n in lengths.items()]
     parts = _add(counts)
     return {name: parts[name] for name in PARTS if name in parts}
+
+
+def _check(encoder: EncoderConfig) -> None:
+    """What the encoder's constructor and those of its layers ask, so that no number stands for a model without one."""
+    ffn, sparse = encoder.ffn, not isinstance(encoder.ffn, DenseConfig)
+    asked = ("modalities", "multiway", "vl_ffn_layers", "depth", "moe_every", "expert_pool")
+    check_blocks(sparse=sparse, **{name: getattr(encoder, name) for name in asked})
+    check_heads(encoder.embed_dim, encoder.num_heads)
+    if sparse:
+        check_experts(ffn.num_experts, ffn.top_k)
+    if isinstance(ffn, MHMoEConfig):
+        asked = ("num_subtokens", "head_layers", "merge_layers", "conv_kernel", "conv_stride")
+        check_splitting(encoder.embed_dim, **{name: getattr(ffn, name) for name in asked})
 
 
 def _embeddings(encoder: EncoderConfig, lengths: Mapping[str, int]) -> Parts:
@@ -393,51 +407,6 @@ def _around_zero(
 def _router_is_cheaper(ffn: MoEConfig, dim: int) -> bool:
     parts = count_ffn(ffn, dim)
     return parts["router"].flops < parts["experts"].flops
-
-
-# --------------------------------------------------------------------------------- published rules
-def paper2_hidden_dim(
-    dim: int, hidden_dim: int, *, top_k: int, baseline_top_k: int = 1, num_matrices: int = 2
-) -> float:
-    """Inner width that gives MH-MoE the FLOPs of an MoE layer, routers left out (paper 2, equation 8).
-
-    ``top_k * width = baseline_top_k * hidden_dim - 2 * dim / num_matrices``.
-
-    Args:
-        dim: width of a token.
-        hidden_dim: inner width of the baseline's experts.
-        top_k: experts per sub-token.
-        baseline_top_k: experts per token of the baseline.
-        num_matrices: per expert; 3 for SwiGLU.
-    """
-    return (baseline_top_k * hidden_dim - 2 * dim / num_matrices) / top_k
-
-
-def paper2_num_experts(
-    dim: int, hidden_dim: int, num_experts: int, *, num_subtokens: int, subtoken_hidden_dim: int, num_matrices: int = 2
-) -> float:
-    """Number of experts that gives MH-MoE the parameters of an MoE layer, routers left out (paper 2, equation 9).
-
-    ``m d F E = 2 d^2 + m (d / h) F' E'`` for m matrices, solved for ``E'``.
-
-    Args:
-        dim: width of a token, d.
-        hidden_dim: inner width of the baseline's experts, F.
-        num_experts: of the baseline, E.
-        num_subtokens: h.
-        subtoken_hidden_dim: inner width of MH-MoE's experts, F'.
-        num_matrices: per expert, m; 3 for SwiGLU.
-    """
-    left = num_matrices * dim * hidden_dim * num_experts - 2 * dim * dim
-    return left * num_subtokens / (num_matrices * dim * subtoken_hidden_dim)
-
-
-def paper1_beta(num_experts: int) -> float:
-    """Paper 1's factor on the inner width ``4 h d`` that pays for head and merge layer: ``1 - 1 / (4 N)``.
-
-    It equals parameters only; FLOPs grow about fourfold with h = 4 (see paper 2).
-    """
-    return 1 - 1 / (4 * num_experts)
 
 
 def ffn_label(ffn: Mapping[str, Any]) -> str:

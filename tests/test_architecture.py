@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "mhmoe_vl"
-HELPERS = {"config", "errors", "parity", "distributed"}
+HELPERS = {"config", "errors", "checks", "parity", "distributed"}
 MAY_IMPORT = {
     "nn": set(),
     "data": set(),

@@ -99,12 +99,19 @@ def test_heads_and_text_length_are_counted(folder):
         (["--config", "dense.yaml", "--text-len", "10"], "dense.yaml: text_len: 10 tokens for 9"),
         (["--config", "dense.yaml", "--text-len", "0"], "--text-len: 0 is below 1"),
         (["--config", "dense.yaml", "--json", "no/out.json"], "no/out.json: No such file"),
+        (["--base", "sparse.yaml", "--config", "rare.yaml"], "rare.yaml: moe_every: 99 leaves no block of 2"),
+        (["--base", "sparse.yaml", "--config", "small.yaml"], "small.yaml: img_size: 4 x 4 pixels are not whole"),
+        (["--base", "dense.yaml", "--config", "small.yaml"], "small.yaml: img_size: 4 x 4 pixels are not whole"),
+        (["--base", "dense.yaml", "--config", "none_of_both.yaml"], "none_of_both.yaml: modalities: "),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
 def test_mistakes_are_one_line_and_exit_code_2(folder, arguments, words):
     (folder / "empty.yaml").write_text("seed: 1")
     (folder / "wider.yaml").write_text("encoder: {ffn: {kind: dense, hidden_dim: parity}}")
+    (folder / "rare.yaml").write_text("encoder: {moe_every: 99}")
+    (folder / "small.yaml").write_text("encoder: {img_size: 4}")
+    (folder / "none_of_both.yaml").write_text("encoder: {modalities: []}")
     result = count(folder, *arguments)
     assert result.returncode == 2
     assert words in result.stderr.splitlines()[-1]

@@ -29,9 +29,6 @@ from mhmoe_vl.parity import (
     count_ffn,
     difference,
     image_tokens,
-    paper1_beta,
-    paper2_hidden_dim,
-    paper2_num_experts,
     resolve,
     solve_ffn,
     total,
@@ -192,15 +189,30 @@ def test_vit_tiny_has_the_flops_of_its_single_branch():
     assert measured / 1e9 == pytest.approx(2.507, abs=1e-3)
 
 
+def paper2_hidden_dim(d, F, top_k, matrices=2):
+    """Paper 2, equation 8: the inner width that gives an MoE's FLOPs with top-1, routers left out."""
+    return (F - 2 * d / matrices) / top_k
+
+
+def paper2_num_experts(d, F, E, h, width, matrices=2):
+    """Paper 2, equation 9, m d F E = 2 d^2 + m (d / h) F' E', solved for E'."""
+    return (matrices * d * F * E - 2 * d * d) * h / (matrices * d * width)
+
+
+def paper1_beta(E):
+    """Paper 1's factor on the inner width 4 h d that pays for head and merge layer."""
+    return 1 - 1 / (4 * E)
+
+
 def test_published_settings_of_paper_2():
-    assert paper2_hidden_dim(768, 2048, top_k=2, num_matrices=3) == 768
-    assert paper2_hidden_dim(768, 2048, top_k=3, num_matrices=3) == 512
+    assert paper2_hidden_dim(768, 2048, top_k=2, matrices=3) == 768
+    assert paper2_hidden_dim(768, 2048, top_k=3, matrices=3) == 512
     for h, width, experts in ((2, 768, 41.3), (3, 512, 93.0)):
-        found = paper2_num_experts(768, 2048, 8, num_subtokens=h, subtoken_hidden_dim=width, num_matrices=3)
+        found = paper2_num_experts(768, 2048, 8, h, width, matrices=3)
         assert found == pytest.approx(experts, abs=0.04)
     # Its example with two matrices: d_moe = 4 d, k = 1, h = 3 gives d_mh = 3 d and 4 E - 1 experts.
     assert paper2_hidden_dim(768, 3072, top_k=1) == 3 * 768
-    assert paper2_num_experts(768, 3072, 8, num_subtokens=3, subtoken_hidden_dim=2304) == pytest.approx(31)
+    assert paper2_num_experts(768, 3072, 8, h=3, width=2304) == pytest.approx(31)
 
 
 @pytest.mark.parametrize(("h", "top_k", "width", "experts"), [(2, 2, 768, 41.3), (3, 3, 512, 93.0)])
@@ -332,7 +344,7 @@ def test_numbers_are_left_alone():
         (MHMoEConfig(hidden_dim="parity", num_experts="parity"), {"hidden_dim": 64}, "nearest is hidden_dim 8"),
         (MoEConfig(hidden_dim=4000, num_experts="parity", top_k=3), {"hidden_dim": 64}, "nearest is num_experts 3"),
         (MHMoEConfig(num_experts="parity"), {"rule": "parameters"}, "num_experts: 'parity' does not go with"),
-        (MHMoEConfig(hidden_dim="parity", num_subtokens=5), {}, "num_subtokens: 5 does not divide the width 192"),
+        (MHMoEConfig(hidden_dim="parity", num_subtokens=5), {}, "num_subtokens 5 does not divide the width 192"),
     ],
     ids=short,
 )

@@ -12,11 +12,11 @@ from typing import Any
 
 from mhmoe_vl import parity
 from mhmoe_vl.config import EncoderConfig, ParityConfig, merge, read_yaml, validate
-from mhmoe_vl.errors import ConfigError, DataError, MhmoeError, guard
+from mhmoe_vl.errors import ConfigError, DataError, MhmoeError, OneLineParser, guard
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", nargs="+", required=True, metavar="FILE", help="run or model files, one per model")
     parser.add_argument("--base", metavar="FILE", help="file that every --config is merged over")
     parser.add_argument("--text-len", type=int, metavar="N", help=f"tokens of a text (at most {parity.TEXT_LEN})")

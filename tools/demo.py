@@ -1,17 +1,30 @@
-"""Everything once, on a drawn data set: scenes, visual tokenizer, MH-MoE pre-training, report."""
+"""Everything once, on a drawn data set: scenes, visual tokenizer, MH-MoE pre-training, report.
+
+Ends with 1 when the pre-trained model has not learnt: each of its four validation perplexities must end below half of
+its value before training, and below the perplexity without a model.
+"""
 
 import argparse
+import json
 import subprocess
 import sys
+import time
 from pathlib import Path
+
+from mhmoe_vl.analysis.summary import shortfalls
+from mhmoe_vl.errors import OneLineParser, guard
 
 ROOT = Path(__file__).resolve().parents[1]
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", default="out/demo", help="folder for data and runs (default: %(default)s)")
-    out = Path(parser.parse_args().out)
+    parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default="out/demo", help="folder for data and runs (default: %(default)s)")
+    out = parser.parse_args().out
+    return guard(lambda: demo(out))
+
+
+def demo(out: Path) -> int:
     data, tokenizer, run = out / "data", out / "visual_tokenizer", out / "pretrain"
     stages = {
         "Drawing scenes": ["data_prep/scenes.py", "--out", data],
@@ -29,9 +42,30 @@ def main() -> int:
     for title, (script, *options) in stages.items():
         shown = " ".join(map(str, ["python", script, *options]))
         print(f"\n== {title}\n   {shown}\n", flush=True)
-        code = subprocess.run([sys.executable, str(ROOT / script), *map(str, options)], check=False).returncode
-        if code:
+        start = time.time()
+        if code := stage([sys.executable, str(ROOT / script), *map(str, options)]):
             return code
+        print(f"\n   {title}: {time.time() - start:.0f} s", flush=True)
+    return check(run / "summary.json")
+
+
+def stage(command: list[str]) -> int:
+    """The exit code of a command; Ctrl-C reaches it too, and it may save its work before it ends."""
+    with subprocess.Popen(command) as process:
+        try:
+            code = process.wait()
+        except KeyboardInterrupt:
+            code = process.wait() or 130
+    return code if code >= 0 else 128 - code
+
+
+def check(summary: Path) -> int:
+    """Say whether the model has learnt."""
+    found = shortfalls(json.loads(summary.read_text()))
+    if found:
+        print(f"\nnot below half of its first value, or not below the value without a model: {'; '.join(found)}")
+        return 1
+    print("\nall four perplexities are below half of their first value and below the value without a model")
     return 0
 
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import math
 import statistics
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
+from ..errors import DataError, one_line
 from ..parity import ffn_label
+from .summary import TERMS
 
-TERMS = ("images", "texts", "pairs_image", "pairs_text")
 Line = dict[str, Any]
 
 
@@ -38,6 +41,32 @@ def comparison_table(ledger: Sequence[Line], reference: str) -> str:
             ),
         ]
     )
+
+
+def read_ledger(path: Path) -> list[Line]:
+    """The lines of a ledger of ``tools/compare_ffn.py``.
+
+    Raises:
+        DataError: it cannot be read, or a line lacks what the table shows.
+    """
+    try:
+        texts = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        what = error.strerror if isinstance(error, OSError) else "not UTF-8"
+        raise DataError(f"{path}: {what} (name a ledger of tools/compare_ffn.py)") from error
+    return [_read_line(text, f"{path}:{number}") for number, text in enumerate(texts, 1)]
+
+
+def _read_line(text: str, place: str) -> Line:
+    try:
+        line = json.loads(text)
+        if not isinstance(line["command"], str) or type(line["seed"]) is not int:
+            raise ValueError("command or seed")
+        comparison_table([line], "")
+        return line
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        what = f"not a line of tools/compare_ffn.py: {type(error).__name__}: {error}"
+        raise DataError(f"{place}: {one_line(what, 160)} (mend it or name another ledger)") from error
 
 
 def _markdown(rows: Sequence[Sequence[str]]) -> str:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 import statistics
 from pathlib import Path
 
 from .run_log import RunLog, read_metrics
 
 RATES = ("images_per_s", "samples_per_s", "step_seconds")
+TERMS = ("images", "texts", "pairs_image", "pairs_text")
 
 
 def summarize(run_dir: Path) -> dict[str, float]:
@@ -42,6 +44,20 @@ def _scores(log: RunLog, baselines_file: Path) -> dict[str, float]:
         if name in baselines:
             scores[f"{name}/baseline"] = baselines[name]
     return scores
+
+
+def shortfalls(summary: dict[str, float]) -> list[str]:
+    """What a pre-training run has not learnt: one text for each of the four perplexities that falls short.
+
+    Each must end below half of its value before training, and below the perplexity without a model (of the shares of
+    the targets alone); one that is missing falls short too.
+    """
+    found = []
+    for name in (f"perplexity/{term}" for term in TERMS):
+        before, after, baseline = (summary.get(f"{name}/{when}", math.nan) for when in ("before", "after", "baseline"))
+        if not (after < before / 2 and after < baseline):
+            found.append(f"{name} {after:.4g} (first {before:.4g}, no model {baseline:.4g})")
+    return found
 
 
 def table(summary: dict[str, float], report: Path) -> str:

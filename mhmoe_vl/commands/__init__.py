@@ -6,17 +6,17 @@ command found something wrong in what it was asked to check. Mistakes in the cal
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 from importlib import import_module
 
 from .. import __version__
-from ..errors import guard
+from ..errors import OneLineParser, guard
 
 COMMANDS = {
     "make-manifest": "write the manifest beside each shard: exact counts, random access, checksums",
     "check-data": "compare shards with their manifests and list what is damaged",
+    "score": "the official metrics of a predictions file: VQA accuracy, captions, NLVR2",
 }
 
 
@@ -29,9 +29,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     return guard(lambda: module.run(parsed), debug=parsed.debug)
 
 
-def _parser(chosen: str | None) -> argparse.ArgumentParser:
+def _parser(chosen: str | None) -> OneLineParser:
     """All subcommands by name; the arguments of the chosen one only, so that nothing else is imported."""
-    parser = argparse.ArgumentParser("mhmoe-vl", description="Tools for mhmoe_vl's data and results.")
+    parser = OneLineParser("mhmoe-vl", description="Tools for mhmoe_vl's data and results.")
     parser.add_argument("--version", action="version", version=__version__)
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")

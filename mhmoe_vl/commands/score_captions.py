@@ -124,11 +124,8 @@ def score(references: dict[int, list[str]], candidates: dict[int, str], tokenize
 
 
 def _table(scores: dict[str, Any]) -> str:
-    lines = [
-        f"{name:<8}{'not computed' if scores[name] is None else format(scores[name], '10.6f')}" for name in METRICS
-    ]
-    if scores["METEOR"] is None:
-        lines[METRICS.index("METEOR")] += f" (needs Java and --tokenizer ptb: {caption_reference.PIP})"
+    absent = f"not computed (needs Java and --tokenizer ptb; {caption_reference.PIP})"
+    lines = [f"{name:<8}  {absent if scores[name] is None else format(scores[name], '.6f')}" for name in METRICS]
     counts = f"{scores['images']} images, {scores['references']} references"
     return "\n".join([*lines, f"{counts}, tokenizer: {TOKENIZERS[scores['tokenizer']]}"])
 

@@ -6,7 +6,6 @@ Members are bytes until a task decodes them; nothing is unpickled, unpacked or r
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import math
 import os
@@ -169,7 +168,6 @@ class ShardSet(Sequence[Sample]):
 
     Attributes:
         sizes: samples per shard.
-        fingerprint: sha256 hex over names, sizes and checksums; equal sets give equal training data.
 
     Raises:
         NoIndexError: a remote shard has no manifest.
@@ -178,13 +176,7 @@ class ShardSet(Sequence[Sample]):
 
     def __init__(self, urls: Sequence[str]) -> None:
         self.urls = list(urls)
-        self.sizes: list[int] = []
-        digest = hashlib.sha256()
-        for url in self.urls:
-            index = _load_index(url)
-            self.sizes.append(len(index.samples))
-            digest.update(f"{Path(url).name}\0{index.size}\0{index.sha256}\0{len(index.samples)}\n".encode())
-        self.fingerprint = digest.hexdigest()
+        self.sizes = [len(_load_index(url).samples) for url in self.urls]
         self._starts = np.cumsum([0, *self.sizes])
         self._open: OrderedDict[int, _OpenShard] = OrderedDict()
 

@@ -19,7 +19,7 @@ ROUGE_BETA = 1.2
 CIDER_SIGMA = 6.0
 CIDER_SCALE = 10.0
 TINY, SMALL = 1e-15, 1e-9
-"""Added to the matches and to the n-grams of BLEU's precisions: no match gives almost 0, no n-gram almost 0 too."""
+"""A precision of BLEU is ``(matches + TINY) / (k-grams + SMALL)``, so that one of 0 leaves the product above 0."""
 
 References = Sequence[Sequence[str]]
 
@@ -135,15 +135,15 @@ def _rouge(references: Sequence[str], candidate: str) -> float:
 
 
 def _common_length(a: list[str], b: list[str]) -> int:
-    """Length of the longest common subsequence."""
-    row = [0] * (len(b) + 1)
-    for token in a:
-        diagonal = 0
-        for j, other in enumerate(b):
-            above = row[j + 1]
-            row[j + 1] = diagonal + 1 if token == other else max(above, row[j])
-            diagonal = above
-    return row[-1]
+    """Length of the longest common subsequence: a row of the usual table is the bits of one number (Hyyrö 2004)."""
+    places: Counter[str] = Counter()
+    for position, token in enumerate(a):
+        places[token] |= 1 << position
+    row = full = (1 << len(a)) - 1
+    for token in b:
+        matches = row & places[token]
+        row = ((row + matches) | (row - matches)) & full
+    return len(a) - row.bit_count()
 
 
 def cider(references: References, candidates: Sequence[str]) -> tuple[float, list[float]]:

@@ -61,6 +61,7 @@ CLITIC = "'(?:m|s|d|re|ve|ll|em)"
 NUMBER = r"(?:\d*(?:[.,]\d+)+|\d+(?:[.:,]\d+)*)"
 PIECE = rf"(?:[dol]'[a-z0-9])?(?:[a-z0-9]+|{NUMBER})"
 SLASHED = "[a-z0-9]+(?:-[a-z]+){0,2}"
+NOT_SPACE = re.compile(r"\S")
 URL_END = r"[^\s<>|.!?,;:&()\[\]{}'\"-]"
 
 RULES = tuple(
@@ -107,7 +108,8 @@ RULES = tuple(
 def tokenize(text: str) -> str:
     """The tokens of a caption, apart by single spaces: ``It can't (really).`` -> ``it ca n't -lrb- really -rrb-``."""
     text, position, tokens = text.translate(READ_AS), 0, []
-    while position < len(text):
+    while start := NOT_SPACE.search(text, position):
+        position = start.start()
         found = [match for rule in RULES if (match := rule.match(text, position))]
         if not found:
             position += 1

@@ -12,6 +12,7 @@ from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from ..checks import check_blocks
 from ..errors import ConfigError
 from ..nn.block import Block
 from ..nn.embed import ImageEmbedding, TextEmbedding
@@ -103,7 +104,15 @@ class Encoder(nn.Module, PyTorchModelHubMixin, library_name="mhmoe_vl", tags=["v
     ) -> None:
         super().__init__()
         sparse = ffn["kind"] != "dense"
-        _check_options(modalities, multiway, vl_ffn_layers, depth, moe_every if sparse else 1, expert_pool)
+        check_blocks(
+            modalities=modalities,
+            multiway=multiway,
+            vl_ffn_layers=vl_ffn_layers,
+            depth=depth,
+            sparse=sparse,
+            moe_every=moe_every,
+            expert_pool=expert_pool,
+        )
         self.embed_dim = embed_dim
         self.num_features = embed_dim
         self.vocab_size = vocab_size
@@ -309,20 +318,3 @@ def _block_indices(depth: int, indices: int | Sequence[int] | None) -> list[int]
     if not indices or not all(-depth <= index < depth for index in indices):
         raise ConfigError(f"indices: {list(indices)} of {depth} blocks (choose from 0 to {depth - 1})")
     return sorted(index % depth for index in indices)
-
-
-def _check_options(
-    modalities: Sequence[str], multiway: str, vl_ffn_layers: int, depth: int, moe_every: int, expert_pool: str
-) -> None:
-    if not modalities or not set(modalities) <= set(MODALITIES):
-        raise ConfigError(f"modalities: {list(modalities)} (choose from image and text)")
-    if multiway == "shared" and expert_pool == "per_modality":
-        raise ConfigError("expert_pool: per_modality with multiway: shared (choose joint, or another multiway)")
-    if vl_ffn_layers and (multiway != "shared_attention" or len(set(modalities)) < 2):
-        raise ConfigError(
-            f"vl_ffn_layers: {vl_ffn_layers} needs multiway: shared_attention and both modalities (set it to 0)"
-        )
-    if vl_ffn_layers > depth:
-        raise ConfigError(f"vl_ffn_layers: {vl_ffn_layers} of {depth} blocks (choose at most {depth})")
-    if moe_every > depth:
-        raise ConfigError(f"moe_every: {moe_every} leaves no block of {depth} with experts (choose at most {depth})")

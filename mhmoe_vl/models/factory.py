@@ -34,6 +34,7 @@ _SIZES = {
     "giant": (1408, 40, 16, 6144, 14),
 }
 _FAMILIES = ("beit3", "xmoe", "mhmoe")
+_WEIGHTS = ("ema.safetensors", "model.safetensors")  # the moving average first, which evaluation uses too
 
 
 # ---------------------------------------------------------------------------------- by configuration
@@ -67,8 +68,8 @@ def model_config(name: str, **overrides: Any) -> EncoderConfig:
     """The ``encoder`` section of a named model.
 
     ``beit3_*`` is dense. ``xmoe_*`` has 8 experts with a cosine router and top-1 in every second block. ``mhmoe_*``
-    has the same over 4 sub-tokens, its experts 15/16 of 4 times as wide: equal parameters, as published (MH-MoE,
-    arXiv 2404.15045, table 11).
+    has the same over 4 sub-tokens, its experts 15/16 of 4 times as wide, its router comparing in 16 / 4 axes: equal
+    parameters, as published (MH-MoE, arXiv 2404.15045, tables 9 and 11).
 
     Args:
         name: one of :func:`list_models`.
@@ -83,12 +84,9 @@ def model_config(name: str, **overrides: Any) -> EncoderConfig:
     family, size = _MODELS[name]
     embed_dim, depth, num_heads, hidden_dim, patch_size = _SIZES[size]
     dense = {"kind": "dense", "hidden_dim": hidden_dim, "sub_ln": True}
-    experts = {"num_experts": 8, "top_k": 1, "router": {"kind": "cosine"}}
-    ffn = {
-        "beit3": dense,
-        "xmoe": {"kind": "moe", "hidden_dim": hidden_dim, **experts},
-        "mhmoe": {"kind": "mh_moe", "hidden_dim": hidden_dim * 4 * 15 // 16, "num_subtokens": 4, **experts},
-    }[family]
+    experts = {"num_experts": 8, "hidden_dim": hidden_dim, "top_k": 1, "router": {"kind": "cosine", "dim": 16}}
+    split = {"num_subtokens": 4, "hidden_dim": hidden_dim * 4 * 15 // 16, "router": {"kind": "cosine", "dim": 4}}
+    ffn = {"beit3": dense, "xmoe": experts | {"kind": "moe"}, "mhmoe": experts | {"kind": "mh_moe"} | split}[family]
     values = {
         "embed_dim": embed_dim,
         "depth": depth,
@@ -161,7 +159,8 @@ def load_pretrained(run_folder: str | Path, **overrides: Any) -> Encoder:
     """The encoder that a run trained.
 
     Args:
-        run_folder: a run folder (its best checkpoint, else its last one) or one of its checkpoints.
+        run_folder: a run folder (its best checkpoint, else its last one) or one of its checkpoints. Where a moving
+            average of the weights was kept, it is taken.
         overrides: fields of :class:`~mhmoe_vl.config.EncoderConfig` to change, such as ``img_size``.
 
     Raises:
@@ -188,7 +187,7 @@ def load_encoder_weights(encoder: Encoder, source: str | Path) -> None:
     Args:
         encoder: to fill.
         source: a run folder, a checkpoint in one, a folder written by ``save_pretrained``, or a file of weights in
-            our names or in BEiT-3's.
+            our names or in BEiT-3's. Where a moving average was kept beside the weights, it is taken.
 
     Raises:
         CheckpointError: a file is missing, or weights do not fit (the first five, with both shapes).
@@ -219,11 +218,8 @@ def _config_file(folder: Path) -> Path | None:
 def _weights_file(source: Path) -> Path:
     if source.is_file():
         return source
-    places = [
-        source / "model.safetensors",
-        *(source / "checkpoints" / n / "model.safetensors" for n in ("best", "last")),
-    ]
-    for place in places:
+    folders = [source, *(source / "checkpoints" / name for name in ("best", "last"))]
+    for place in (folder / name for folder in folders for name in _WEIGHTS):
         if place.is_file():
             return place
     raise CheckpointError(
@@ -234,7 +230,7 @@ def _weights_file(source: Path) -> Path:
 def _saved_grid(file: Path, positions: Tensor) -> tuple[int, int] | None:
     """Rows and columns that image positions were stored for; none when nothing says so and they form no square."""
     run, saved = _config_file(file.parent), file.parent / "config.json"
-    if file.name == "model.safetensors" and (run is not None or saved.is_file()):
+    if file.name in _WEIGHTS and (run is not None or saved.is_file()):
         values = load(RunConfig, [run]).encoder.model_dump() if run is not None else json.loads(saved.read_text())
         config = validate(EncoderConfig, values, str(run or saved))
         height, width = (config.img_size,) * 2 if isinstance(config.img_size, int) else config.img_size

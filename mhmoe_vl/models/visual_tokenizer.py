@@ -200,10 +200,6 @@ class VisualTokenizer(nn.Module):
         """Tokens (B, P) int64, patches row by row, of ``images`` (B, 3, img_size, img_size) in [0, 1]."""
         return self.codebook.assign(self._encode(images))
 
-    def lookup(self, tokens: Tensor) -> Tensor:
-        """Code vectors (..., code_dim), of unit length, of ``tokens`` (...)."""
-        return self.codebook.weight[tokens]
-
     def decode(self, codes: Tensor) -> Tensor:
         """Reconstruction (B, P, target_dim) from code vectors (B, P, code_dim)."""
         grid = codes.transpose(1, 2).unflatten(2, (self.grid_size, self.grid_size))

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..errors import ConfigError
+from ..checks import check_heads
 from .multiway import Multiway, Streams, join_pairs, split_pairs
 
 
@@ -74,8 +74,7 @@ class MultiwayAttention(nn.Module):
         init_gain: float = 1.0,
     ) -> None:
         super().__init__()
-        if dim % num_heads:
-            raise ConfigError(f"num_heads: {num_heads} does not divide the width {dim} (choose a divisor)")
+        check_heads(dim, num_heads)
         self.num_heads = num_heads
         projection = partial(self._projections, dim, modalities, shared)
         self.q_proj = projection(1.0)

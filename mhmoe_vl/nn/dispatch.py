@@ -235,6 +235,8 @@ def expert_linear(x: Tensor, weight: Tensor, bias: Tensor | None, plan: Plan) ->
 
     Weights are cast to the type of ``x``: autocast does not know grouped products.
     """
+    if len(x) == 0:  # grouped products refuse this on a GPU; any expert leads to zero gradients for all
+        return F.linear(x, weight[0].t().to(x.dtype), None if bias is None else bias[0].to(x.dtype))
     if plan.path == "tiles":
         tile_expert = plan.expert[::TILE]
         tiles, tile_weight = x.view(-1, TILE, x.shape[1]), _TileWeights.apply(weight, tile_expert, x.dtype)

@@ -6,6 +6,7 @@ import torch
 from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
 
+from ..checks import patch_grid
 from ..errors import ConfigError
 
 _STD = 0.02
@@ -46,11 +47,7 @@ class ImageEmbedding(nn.Module):
         Raises:
             ConfigError: a side is no multiple of the patch size.
         """
-        if height % self.patch_size or width % self.patch_size:
-            raise ConfigError(
-                f"img_size: {height} x {width} pixels are not whole patches of {self.patch_size} (choose multiples)"
-            )
-        return height // self.patch_size, width // self.patch_size
+        return patch_grid(height, width, self.patch_size)
 
     def forward(self, images: Tensor, mask: Tensor | None = None) -> Tensor:
         """Tokens ``(I, 1 + P, D)``, class token first.

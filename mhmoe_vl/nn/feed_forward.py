@@ -9,6 +9,7 @@ from typing import Any, Literal, NamedTuple
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..checks import inner_width
 from ..errors import ConfigError
 from .router import Routing, RoutingStats
 
@@ -85,7 +86,7 @@ class FeedForward(FFNLayer):
         norm_eps: epsilon of that LayerNorm.
 
     Raises:
-        ConfigError: unknown activation.
+        ConfigError: unknown activation, or an inner width below 1.
     """
 
     def __init__(
@@ -100,7 +101,7 @@ class FeedForward(FFNLayer):
     ) -> None:
         super().__init__()
         check_activation(activation)
-        hidden_dim = hidden_dim or 4 * dim
+        hidden_dim = inner_width(dim, hidden_dim)
         self.activation = activation
         self.fc1 = nn.Linear(dim, hidden_dim, bias=bias)
         self.fc_gate = nn.Linear(dim, hidden_dim, bias=bias) if activation == "swiglu" else None

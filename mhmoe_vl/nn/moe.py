@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from ..checks import check_experts, check_whole, inner_width
 from ..distributed import all_reduce_sum
 from ..errors import ConfigError
 from .dispatch import Rows, combine, gather_rows, locate_rows, make_plan, permute, scatter_rows
@@ -68,18 +69,19 @@ class RoutedExperts(nn.Module):
         residual: bool = False,
     ) -> None:
         super().__init__()
-        if not 1 <= top_k <= num_experts:
-            raise ConfigError(f"ffn: top_k {top_k} does not fit num_experts {num_experts} (choose 1 to {num_experts})")
+        check_experts(num_experts, top_k)
         if capacity_factor is not None and not capacity_factor > 0:
             raise ConfigError(f"ffn: capacity_factor {capacity_factor} is not positive (raise it; none drops nothing)")
         if balance_share not in ("first", "all"):
             raise ConfigError(f"ffn: balance_share {balance_share!r} is unknown (choose first or all)")
+        if not balance_bias_rate >= 0:
+            raise ConfigError(f"ffn: balance_bias_rate {balance_bias_rate} is negative (0 is off)")
         self.num_experts, self.top_k = num_experts, top_k
         self.normalize_gates, self.residual = normalize_gates, residual
         self.capacity_factor = capacity_factor
         self.balance_share, self.balance_per_modality = balance_share, balance_per_modality
         self.balance_bias_rate = balance_bias_rate
-        self.router = build_router(row_dim, num_experts, **router)
+        self.router = build_router(row_dim, num_experts, router)
         self.experts = Experts(row_dim, num_experts, hidden_dim, activation=activation, bias=bias)
         self.register_buffer("balance_bias", torch.zeros(num_experts) if balance_bias_rate else None)
 
@@ -187,7 +189,13 @@ class SparseLayer(FFNLayer):
 
     routed: RoutedExperts
 
-    def _build_shared(self, dim: int, num_shared: int, hidden_dim: int, activation: Activation, bias: bool) -> None:
+    def _build_shared(
+        self, dim: int, num_shared: int, hidden_dim: int | None, activation: Activation, bias: bool
+    ) -> None:
+        """``hidden_dim`` None means that of the routed experts."""
+        check_whole("ffn: num_shared_experts", num_shared, least=0)
+        hidden_dim = self.routed.experts.hidden_dim if hidden_dim is None else hidden_dim
+        check_whole("ffn: shared_hidden_dim", hidden_dim)
         options = {"hidden_dim": hidden_dim, "activation": activation, "bias": bias}
         self.shared_experts = nn.ModuleList(FeedForward(dim, **options) for _ in range(num_shared))
 
@@ -228,7 +236,7 @@ class MoE(SparseLayer):
         balance_bias_rate: step of bias balancing; 0 is off.
 
     Raises:
-        ConfigError: values that do not fit each other.
+        ConfigError: values that are impossible or do not fit each other.
     """
 
     def __init__(
@@ -250,11 +258,10 @@ class MoE(SparseLayer):
         balance_bias_rate: float = 0.0,
     ) -> None:
         super().__init__()
-        hidden_dim = hidden_dim or 4 * dim
         self.routed = RoutedExperts(
             dim,
             num_experts=num_experts,
-            hidden_dim=hidden_dim,
+            hidden_dim=inner_width(dim, hidden_dim),
             top_k=top_k,
             activation=activation,
             bias=bias,
@@ -265,7 +272,7 @@ class MoE(SparseLayer):
             balance_per_modality=balance_per_modality,
             balance_bias_rate=balance_bias_rate,
         )
-        self._build_shared(dim, num_shared_experts, shared_hidden_dim or hidden_dim, activation, bias)
+        self._build_shared(dim, num_shared_experts, shared_hidden_dim, activation, bias)
 
     def forward_streams(
         self,

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..checks import check_whole
 from ..errors import ConfigError
 
 Gate = Literal["softmax", "sigmoid"]
@@ -151,7 +152,7 @@ class CosineRouter(Router):
         normalize_rows: normalise W x too.
 
     Raises:
-        ConfigError: unknown gate, or a temperature that is not positive.
+        ConfigError: unknown gate, or a width or temperature that is not positive.
     """
 
     def __init__(
@@ -166,6 +167,7 @@ class CosineRouter(Router):
         normalize_rows: bool = True,
     ) -> None:
         super().__init__(gate)
+        check_whole("ffn.router: dim", dim)
         if initial_temperature is None:
             initial_temperature = 0.3 if gate == "softmax" else 0.07
         if not initial_temperature > 0:
@@ -196,14 +198,18 @@ class CosineRouter(Router):
 ROUTERS: dict[str, type[Router]] = {"linear": LinearRouter, "cosine": CosineRouter}
 
 
-def build_router(row_dim: int, num_experts: int, *, kind: str, **options: Any) -> Router:
-    """The router named ``kind``; ``options`` are its constructor's.
+def build_router(row_dim: int, num_experts: int, router: Mapping[str, Any]) -> Router:
+    """The router that ``router`` names by ``kind``; what else it holds are options of that router's constructor.
 
     Raises:
-        ConfigError: unknown kind or option, or a value that the router refuses.
+        ConfigError: no mapping, missing or unknown kind, unknown option, or a value that the router refuses.
     """
+    kinds = ", ".join(ROUTERS)
+    if not isinstance(router, Mapping) or "kind" not in router:
+        raise ConfigError(f"ffn: router {router!r} is not a mapping with a kind (choose a kind from {kinds})")
+    kind, options = router["kind"], {name: value for name, value in router.items() if name != "kind"}
     if kind not in ROUTERS:
-        raise ConfigError(f"ffn.router: kind {kind!r} is unknown (choose from {', '.join(ROUTERS)})")
+        raise ConfigError(f"ffn.router: kind {kind!r} is unknown (choose from {kinds})")
     try:
         return ROUTERS[kind](row_dim, num_experts, **options)
     except TypeError as error:

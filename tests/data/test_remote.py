@@ -24,7 +24,6 @@ def urls(server: ThreadingHTTPServer, paths: list[Path]) -> list[str]:
 def test_random_access_reads_only_the_sample(packed: Pack, server: ThreadingHTTPServer) -> None:
     paths = packed(10, 4)
     remote_set, local = ShardSet(urls(server, paths)), ShardSet([str(path) for path in paths])
-    assert remote_set.fingerprint == local.fingerprint
     for number in (9, 0, 5):
         server.requests.clear()
         assert remote_set[number].members == local[number].members

@@ -7,7 +7,6 @@ import multiprocessing
 import os
 import pickle
 import random
-import shutil
 import tarfile
 from collections import Counter
 from collections.abc import Callable
@@ -113,21 +112,6 @@ def test_set_gives_every_sample_by_number(packed: Pack, manifests: bool) -> None
     for outside in (-1, 10):
         with pytest.raises(IndexError):
             samples[outside]
-
-
-def test_fingerprint_follows_content(packed: Pack, tmp_path: Path) -> None:
-    paths = packed()
-    first = ShardSet(strings(paths)).fingerprint
-    moved = tmp_path / "moved"
-    shutil.copytree(paths[0].parent, moved)
-    assert ShardSet(expand_shards("moved", tmp_path)).fingerprint == first
-    assert ShardSet(strings(paths[:2])).fingerprint != first
-    assert ShardSet(strings(paths[::-1])).fingerprint != first
-    data = bytearray(paths[0].read_bytes())
-    data[600] ^= 1
-    paths[0].write_bytes(data)
-    make_manifest(paths[0])
-    assert ShardSet(strings(paths)).fingerprint != first
 
 
 def _read_all(samples: ShardSet, order: list[int], results: multiprocessing.Queue) -> None:

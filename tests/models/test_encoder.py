@@ -10,6 +10,7 @@ from mhmoe_vl.config import EncoderConfig, validate
 from mhmoe_vl.errors import ConfigError
 from mhmoe_vl.models.encoder import Encoder
 from mhmoe_vl.models.factory import build_encoder, load_encoder_weights
+from mhmoe_vl.parity import count_encoder, total
 
 SMALL = {
     "embed_dim": 24,
@@ -331,6 +332,36 @@ def test_save_pretrained_and_back(tmp_path):
 def test_options_that_do_not_fit_are_refused(overrides, message):
     with pytest.raises(ConfigError, match=message):
         build_encoder(validate(EncoderConfig, SMALL | overrides))
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        {"embed_dim": 25},
+        {"img_size": 18},
+        {"vl_ffn_layers": 1},
+        {"multiway": "shared", "expert_pool": "per_modality"},
+        {"ffn": EXPERTS, "moe_every": 5},
+        {"ffn": EXPERTS | {"num_subtokens": 5}},
+        {"ffn": EXPERTS | {"top_k": 5}},
+        {"ffn": EXPERTS | {"conv_stride": 2}},
+    ],
+    ids=str,
+)
+def test_what_cannot_be_built_cannot_be_counted_either(overrides):
+    config = validate(EncoderConfig, SMALL | overrides)
+    messages = []
+    for action in (build_encoder, count_encoder):
+        with pytest.raises(ConfigError) as error:
+            action(config)
+        messages.append(str(error.value))
+    assert messages[0] == messages[1] and "\n" not in messages[0]
+
+
+def test_an_encoder_of_texts_does_not_ask_for_whole_patches():
+    config = validate(EncoderConfig, SMALL | {"modalities": ("text",), "img_size": 18})
+    parameters = sum(p.numel() for p in build_encoder(config).parameters())
+    assert total(count_encoder(config, inputs="text")).parameters == parameters
 
 
 @pytest.mark.parametrize(

@@ -73,6 +73,9 @@ def test_expert_parameters_are_the_published_ones():
             encoder = create_model(name)
         experts = sum(p.numel() for n, p in encoder.named_parameters() if ".experts." in n)
         assert experts == pytest.approx(published, abs=0.7e6)
+        # Table 9: an expert embedding of 16 numbers, 16 / h with h sub-tokens.
+        [dim] = {p.shape[1] for n, p in encoder.named_parameters() if n.endswith("router.embedding")}
+        assert dim == (4 if name.startswith("mhmoe") else 16)
 
 
 def test_unknown_names_are_told_the_nearest():
@@ -139,6 +142,32 @@ def test_load_pretrained_takes_the_best_checkpoint_else_the_last(tmp_path):
     encoder = save_run(tmp_path / "b", ("last", "best", "step-00000010"))
     assert_equal_weights(load_pretrained(tmp_path / "b"), encoder, plus=1)
     assert_equal_weights(load_pretrained(tmp_path / "b" / "checkpoints" / "step-00000010"), encoder, plus=2)
+
+
+@pytest.mark.parametrize("place", ["best", "last", "step-00000010"])
+def test_the_moving_average_is_taken_where_one_was_kept(tmp_path, place):
+    encoder = save_run(tmp_path / "run", (place,), img_size=(8, 32))
+    checkpoint = tmp_path / "run" / "checkpoints" / place
+    average = {f"encoder.{name}": value + 0.5 for name, value in encoder.state_dict().items()}
+    save_file(average, checkpoint / "ema.safetensors")
+    source = checkpoint if place.startswith("step") else tmp_path / "run"
+    assert_equal_weights(load_pretrained(source), encoder, plus=0.5)
+    size = {name: value for name, value in TINY.items() if name != "ffn"} | {"dense_ffn": {"hidden_dim": 96}}
+    options = size | {"ffn": {"num_experts": 2, "hidden_dim": 8, "router": {"kind": "linear"}}, "img_size": (8, 32)}
+    assert_equal_weights(create_model("xmoe_tiny_patch16_224", source, **options), encoder, plus=0.5)
+    square = build_encoder(validate(EncoderConfig, TINY | {"img_size": 16}))
+    load_encoder_weights(square, source)  # the average's positions are resized by the run's own grid
+    want = resize_positions(encoder.image_embed.pos_embed + 0.5, (4, 4), (2, 8))
+    torch.testing.assert_close(square.image_embed.pos_embed, want)
+
+
+def test_the_best_weights_go_before_the_last_average(tmp_path):
+    encoder = save_run(tmp_path / "run", ("best", "last"))
+    save_file(
+        {f"encoder.{name}": value + 2 for name, value in encoder.state_dict().items()},
+        tmp_path / "run" / "checkpoints" / "last" / "ema.safetensors",
+    )
+    assert_equal_weights(load_pretrained(tmp_path / "run"), encoder)
 
 
 def test_load_pretrained_for_another_image_size_and_one_branch(tmp_path):

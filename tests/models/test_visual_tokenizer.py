@@ -184,8 +184,9 @@ def test_shapes_and_decoding_of_looked_up_tokens():
     assert output.tokens.shape == (2, 9) and output.tokens.dtype == torch.int64
     assert output.reconstruction.shape == (2, 9, 12) and output.commitment_loss.shape == (2, 9)
     assert model.num_codes == 8 and model.grid_size == 3
-    torch.testing.assert_close(model.lookup(output.tokens).norm(dim=-1), torch.ones(2, 9))
-    torch.testing.assert_close(model.decode(model.lookup(output.tokens)), output.reconstruction)
+    codes = model.codebook.weight[output.tokens]
+    torch.testing.assert_close(codes.norm(dim=-1), torch.ones(2, 9))
+    torch.testing.assert_close(model.decode(codes), output.reconstruction)
 
 
 def test_patches_are_numbered_row_by_row():

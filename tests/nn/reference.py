@@ -145,9 +145,7 @@ def sparse_layer(
                 layers = 0 if whole_tokens else head_layers
                 tokens, padded = [projection(p, "head_proj", layers, x[b, n]) for n in range(N)], list(padding[b])
             samples.append([[t[s * (D // S) : (s + 1) * (D // S)] for s in range(S)] for t in tokens])
-            rows += [
-                (number, b, n, s, samples[b][n][s]) for n in range(len(tokens)) if not padded[n] for s in range(S)
-            ]
+            rows += [(number, b, n, s, samples[b][n][s]) for n in range(len(tokens)) if not padded[n] for s in range(S)]
         heads.append(samples)
 
     result = Result([], torch.zeros(()), torch.zeros(()))

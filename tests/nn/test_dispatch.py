@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mhmoe_vl.nn import dispatch
-from mhmoe_vl.nn.dispatch import TILE, choose_path, combine, make_plan, permute
+from mhmoe_vl.nn.dispatch import TILE, choose_path, combine, expert_linear, make_plan, permute
 
 PATHS = ["grouped", "split", "tiles"]
 
@@ -93,6 +93,22 @@ def test_first_choices_rank_before_second_ones():
 )
 def test_choice_of_path(device, dtype, experts, in_dim, hidden_dim, path):
     assert choose_path(device, dtype, experts, in_dim, hidden_dim) == path
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_without_rows_no_grouped_product_is_called(monkeypatch, bias):
+    def refuse(*args, **options):  # as some GPUs do
+        raise RuntimeError("no rows")
+
+    monkeypatch.setattr(torch.nn.functional, "grouped_mm", refuse)
+    plan = make_plan(torch.zeros(0, 2, dtype=torch.int64), 3, "grouped")
+    x, weight = torch.zeros(0, 8, requires_grad=True), torch.randn(3, 8, 4, requires_grad=True)
+    biases = torch.randn(3, 4, requires_grad=True) if bias else None
+    y = expert_linear(x, weight, biases, plan)
+    assert y.shape == (0, 4)
+    y.sum().backward()
+    assert x.grad.shape == x.shape
+    assert all(torch.equal(p.grad, torch.zeros_like(p)) for p in (weight, biases) if p is not None)
 
 
 def test_split_without_grouped_products(monkeypatch):

@@ -58,6 +58,20 @@ def test_builds_from_a_section(kind):
         (dict(kind="mh_moe", conv_kernel=2, conv_stride=3), ("conv_kernel 2", "conv_stride 3")),
         (dict(kind="mh_moe", conv_stride=2), ("conv_stride 2", "conv_kernel")),
         (dict(kind="mh_moe", head_layers=4), ("head_layers 4",)),
+        (dict(kind="mh_moe", head_layers=-1), ("head_layers -1",)),
+        (dict(kind="mh_moe", num_subtokens=-4), ("num_subtokens -4",)),
+        (dict(kind="mh_moe", conv_stride=0), ("conv_stride 0",)),
+        (dict(kind="mh_moe", conv_kernel=0), ("conv_kernel 0",)),
+        (dict(kind="mh_moe", conv_kernel=3, conv_stride=-1), ("conv_stride -1",)),
+        (dict(kind="moe", num_experts=0), ("num_experts 0",)),
+        (dict(kind="mh_moe", num_experts="parity"), ("num_experts 'parity'",)),
+        (dict(kind="moe", top_k="2"), ("top_k '2'",)),
+        (dict(kind="moe", num_shared_experts=-1), ("num_shared_experts -1",)),
+        (dict(kind="mh_moe", num_shared_experts=1, shared_hidden_dim=0), ("shared_hidden_dim 0",)),
+        (dict(kind="moe", balance_bias_rate=-0.1), ("balance_bias_rate -0.1",)),
+        (dict(kind="mh_moe", router={"dim": 4}), ("router {'dim': 4}", "kind")),
+        (dict(kind="dense", activation="tanh"), ("'tanh'",)),
+        (dict(kind="mh_moe", activation="tanh"), ("'tanh'",)),
         (dict(kind="moe", activation="tanh"), ("'tanh'",)),
         (dict(kind="moe", balance_share="most"), ("'most'",)),
         (dict(kind="moe", router={"kind": "linear", "dim": 4}), ("dim", "'linear'")),
@@ -68,6 +82,13 @@ def test_refuses_at_construction(options, words):
         build_ffn(48, **options)
     message = str(error.value)
     assert all(word in message for word in words) and "\n" not in message
+
+
+@pytest.mark.parametrize("kind", SECTIONS)
+@pytest.mark.parametrize("value", [-4, 0, 2.5, "parity"])
+def test_refuses_inner_widths(kind, value):
+    with pytest.raises(ConfigError, match=f"hidden_dim {value!r} is not a whole number from 1 up"):
+        build_ffn(48, kind=kind, hidden_dim=value)
 
 
 def test_experts_start_like_linear_layers():

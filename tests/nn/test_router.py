@@ -33,7 +33,7 @@ def test_first_temperature_of_the_papers(gate, start):
 @pytest.mark.parametrize("options", KINDS)
 def test_autocast_changes_nothing(options):
     torch.manual_seed(0)
-    router = build_router(32, 8, **options)
+    router = build_router(32, 8, options)
     rows = torch.randn(5000, 32)
     plain = router(rows).logits
     with torch.autocast("cpu", torch.bfloat16):
@@ -48,7 +48,7 @@ def test_autocast_changes_nothing(options):
 @pytest.mark.parametrize("options", KINDS)
 def test_no_ties_at_the_start(options):
     torch.manual_seed(0)
-    logits = build_router(16, 64, **options)(torch.randn(50, 16)).logits
+    logits = build_router(16, 64, options)(torch.randn(50, 16)).logits
     assert logits.std(dim=-1).min() > 1e-3
     chosen = count_experts(logits.argmax(-1), 64)
     assert chosen.sum() == 50 and (chosen > 0).sum() > 16
@@ -96,9 +96,12 @@ def test_extreme_logits_stay_finite():
         ({"kind": "linear", "gate": "tanh"}, ("'tanh'",)),
         ({"kind": "linear", "temperature": 1.0}, ("temperature", "'linear'")),
         ({"kind": "cosine", "initial_temperature": -1.0}, ("-1.0",)),
+        ({"kind": "cosine", "dim": 0}, ("dim 0",)),
+        ({"dim": 4}, ("{'dim': 4}", "linear, cosine")),
+        ("cosine", ("'cosine'", "mapping")),
     ],
 )
 def test_refuses(options, words):
     with pytest.raises(ConfigError) as error:
-        build_router(4, 4, **options)
+        build_router(4, 4, options)
     assert all(word in str(error.value) for word in words)

@@ -115,7 +115,7 @@ def test_loss_terms_are_sums_over_patches(shards):
     assert batch.images.min() >= 0 and batch.images.max() <= 1 and batch.targets.shape == (8, 16, 192)
     squares = (output.values["reconstruction"] - batch.targets) ** 2
     assert loss["reconstruction"].item() == pytest.approx(squares.sum().item() / 192, rel=1e-5)
-    distance = (unit - model.tokenizer.lookup(output.values["tokens"])) ** 2
+    distance = (unit - model.tokenizer.codebook.weight[output.values["tokens"]]) ** 2
     assert loss["commitment"].item() == pytest.approx(0.5 * distance.mean(-1).sum().item(), rel=1e-5)
 
 

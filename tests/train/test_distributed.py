@@ -32,7 +32,6 @@ def test_alone_everything_is_local():
     assert distributed.broadcast_json({"a": 1}) == {"a": 1}
     assert distributed.broadcast_tensors({"a": x}) == {"a": x}
     assert distributed.max_over_ranks(3) == 3
-    distributed.barrier()
     distributed.init_process_group(CPU)  # nothing to join
     distributed.shutdown()
 
@@ -82,7 +81,6 @@ def test_rank_0_speaks_for_all():
             assert found[name].dtype == value.dtype and torch.equal(found[name], value)
         assert distributed.max_over_ranks(rank * 5) == 5
         assert distributed.on_main(lambda: rank) == 0
-        distributed.barrier()
 
         def fail() -> None:
             raise CheckpointError("gone")

@@ -1,0 +1,115 @@
+"""``mhmoe-vl score vqa``: official VQA accuracy of an EvalAI results file."""
+
+from __future__ import annotations
+
+import argparse
+from collections import Counter
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from ..data.records import TEXT, WHOLE, BadRecords, check, fields, items, read_json
+from ..errors import ConfigError, DataError, one_line
+from ..metrics.coverage import coverage_problems
+from ..metrics.vqa_accuracy import VQAScores, score_vqa
+from . import submission
+
+PREDICTION = fields({"question_id": WHOLE, "answer": TEXT})
+QUESTIONS = fields({"questions": items(fields({"question_id": WHOLE}), unique="question_id")})
+ANNOTATION = fields(
+    {
+        "question_id": WHOLE,
+        "question_type": TEXT,
+        "answer_type": TEXT,
+        "answers": items(fields({"answer": TEXT})),
+    }
+)
+ANNOTATIONS = fields({"annotations": items(ANNOTATION, unique="question_id")})
+NUM_ANNOTATORS = 10
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of this subcommand."""
+    submission.add_arguments(parser, predictions='JSON list of {"question_id", "answer"}, one for each question')
+    about = "official annotations of the whole split; without them (test splits), --questions can be checked against"
+    parser.add_argument("--annotations", type=Path, metavar="A", help=about)
+    parser.add_argument("--questions", type=Path, metavar="Q", help="official questions of the split")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Score the predictions; 2 when ``--check`` found something wrong with them."""
+    if arguments.annotations is None and not (arguments.check and arguments.questions):
+        raise ConfigError("score vqa: no --annotations (give them, or --check and the --questions of a test split)")
+    annotations = None if arguments.annotations is None else read_annotations(arguments.annotations)
+    split = read_split(arguments.questions, arguments.annotations, annotations)
+    predictions = read_json(arguments.predictions)
+    if not submission.accept(arguments, find_problems(predictions, split), len(split)):
+        return 2
+    if annotations is None:
+        print(f"{arguments.questions}: questions only, so nothing to score")
+        return 0
+    scores = score_vqa({entry["question_id"]: entry["answer"] for entry in predictions}, annotations)
+    print(_table(scores, annotations))
+    submission.write_scores(arguments.json, asdict(scores))
+    return 0
+
+
+def read_annotations(path: Path) -> list[dict[str, Any]]:
+    """The annotations of an official file.
+
+    Raises:
+        DataError: it is not one, a question stands twice or has no answer, or there are no questions.
+    """
+    value = read_json(path)
+    check(path, value, ANNOTATIONS)
+    annotations = value["annotations"]
+    if not annotations:
+        raise DataError(f"{path}: annotations: none (give the annotations of a split)")
+    bare = [number for number, annotation in enumerate(annotations) if not annotation["answers"]]
+    if bare:
+        raise BadRecords(path, [(f"annotations[{number}].answers", "need at least 1, got none") for number in bare])
+    return annotations
+
+
+def read_split(questions: Path | None, path: Path | None, annotations: list[dict[str, Any]] | None) -> list[int]:
+    """The question ids of the split: those of the questions file, where there is one.
+
+    Raises:
+        DataError: the questions file is not one, or has other questions than the annotations (read from ``path``).
+    """
+    annotated = [annotation["question_id"] for annotation in annotations or []]
+    if questions is None:
+        return annotated
+    value = read_json(questions)
+    check(questions, value, QUESTIONS)
+    split = [question["question_id"] for question in value["questions"]]
+    if not split:
+        raise DataError(f"{questions}: questions: none (give the questions of a split)")
+    if annotations is not None and set(split) != set(annotated):
+        unanswered, unasked = len(set(split) - set(annotated)), len(set(annotated) - set(split))
+        what = f"{unanswered} questions of {questions} without annotation, {unasked} annotations without question"
+        raise DataError(f"{path}: {what} (give the files of one split)")
+    return split
+
+
+def find_problems(predictions: Any, split: list[int]) -> list[str]:
+    """One line with a count for each kind of mistake: wrong types, then missing, extra and double questions."""
+    wrong = submission.wrong_types(items(PREDICTION)(predictions), 'write [{"question_id": 1, "answer": "yes"}, ...]')
+    if not isinstance(predictions, list):
+        return wrong
+    ids = [entry["question_id"] for entry in predictions if not fields({"question_id": WHOLE})(entry)]
+    return [*wrong, *coverage_problems(ids, split, "question")]
+
+
+def _table(scores: VQAScores, annotations: list[dict[str, Any]]) -> str:
+    """Accuracies in percent to two digits, as the official code rounds them, with the number of questions of each."""
+    rows = [("overall", scores.overall, len(annotations))]
+    for kind, means in (("answer_type", scores.per_answer_type), ("question_type", scores.per_question_type)):
+        counts = Counter(annotation[kind] for annotation in annotations)
+        rows += [("", None, None)] + [(one_line(name, 40) or "-", mean, counts[name]) for name, mean in means.items()]
+    width = max(len(name) for name, _, _ in rows)
+    lines = [f"{'':<{width}}  accuracy  questions"]
+    lines += [f"{name:<{width}}  {mean:8.2f}  {count:9}" if name else "" for name, mean, count in rows]
+    if odd := sum(len(annotation["answers"]) != NUM_ANNOTATORS for annotation in annotations):
+        lines.append(f"{odd} questions with other than {NUM_ANNOTATORS} answers")
+    return "\n".join(lines)
