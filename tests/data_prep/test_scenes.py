@@ -111,7 +111,12 @@ def test_a_killed_run_is_finished_by_running_it_again(tmp_path, start, load):
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [
-        (["--size", "8"], "error: --size 8: shapes need at least 32 px (see --help)"),
+        (["--size", "8"], "error: --size 8: pictures have 32 to 2048 px (see --help)"),
+        (["--size", "99999999999"], "error: --size 99999999999: pictures have 32 to 2048 px (see --help)"),
+        (
+            ["--pairs", "0", "--images", "0", "--texts", "0"],
+            "error: --pairs 0 --images 0 --texts 0: nothing to draw (see --help)",
+        ),
         (["--pairs", "-1"], "error: argument --pairs: '-1' is not a whole number of at least 0 (see --help)"),
         (["--val-fraction", "1"], "error: argument --val-fraction: '1' is not a number from 0 to below 1 (see --help)"),
         (["--procesess", "2"], "error: unrecognized arguments: --procesess 2 (see --help)"),

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import pytest
-import timm
+import timm.optim
 import torch
 import torch.nn.functional as F
 from torch import nn

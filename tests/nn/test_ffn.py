@@ -46,7 +46,7 @@ def test_builds_from_a_section(kind):
     [
         (dict(kind="mixture"), ("'mixture'", "dense, moe, mh_moe")),
         (dict(kind="mh_moe", num_subtokens=5), ("5", "48")),
-        (dict(kind="mh_moe", num_subtokens=0), ("0", "48")),
+        (dict(kind="mh_moe", num_subtokens=0), ("num_subtokens 0",)),
         (dict(kind="moe", capacity_factor=0.0), ("capacity_factor 0.0",)),
         (dict(kind="moe", top_k=9), ("9", "8")),
         (dict(kind="moe", top_k=0), ("0", "8")),

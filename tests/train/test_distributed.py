@@ -96,3 +96,13 @@ def test_unknown_devices_are_refused(name):
     with pytest.raises(ConfigError, match=f"train.device: .*{name}"):
         distributed.select_device(name)
     assert distributed.select_device("cpu") == CPU
+
+
+def test_devices_to_train_on():
+    assert distributed.select_device("cpu") == CPU
+    assert distributed.select_device("auto").type in ("cpu", "cuda")
+    for name in ("meta", "mps", "xpu", "tpu", "", "cuda:x", "cuda:-1", "cuda:99999999999"):
+        with pytest.raises(ConfigError, match=r"^train\.device: "):
+            distributed.select_device(name)
+    with pytest.raises(ConfigError, match="cuda:77 is not among"):
+        distributed.select_device("cuda:77")
