@@ -153,7 +153,7 @@ def test_two_processes_give_the_losses_of_one(world, tmp_path, accumulate):
         assert pretrain("--config", file, "--output_dir", tmp_path / "two", *options) == 0
         one = tmp_path / "free"
     else:
-        torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0"]
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
         command = [*torchrun, "tools/pretrain.py", "--config", str(file), "--output_dir", str(tmp_path / "two")]
         done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr[-2000:]
@@ -255,7 +255,7 @@ BASE = ["base_dense", "base_xmoe_8", "base_xmoe_32", "base_mhmoe_8", "base_mhmoe
 def test_two_processes_with_pictures_alone(world, tmp_path):
     """A branch, and a head, that no batch uses."""
     values = settings(world, tmp_path / "run", task={"texts": None, "pairs": None}, train={"steps": 3})
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     command = [*torchrun, "tools/pretrain.py", "--config", str(write_settings(tmp_path / "a.yaml", values))]
     done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
