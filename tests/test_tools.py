@@ -193,16 +193,22 @@ def test_a_failed_run_ends_the_comparison_with_its_code(compare, started, tmp_pa
 
 
 # -------------------------------------------------------------------------------------------- demo, Ctrl-C
+def _heed_interrupts() -> None:
+    """A shell starts what it puts in the background deaf to SIGINT, and children inherit that."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def interrupt_when(ready, *command: object) -> tuple[int, str]:
     """Exit code and stderr of a command whose process group gets SIGINT, as from Ctrl-C, once ``ready()``."""
     process = subprocess.Popen(
         [sys.executable, *map(str, command)], cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)},
         stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True,
+        preexec_fn=_heed_interrupts,
     )  # fmt: skip
     while not ready() and process.poll() is None:
         time.sleep(0.02)
     os.killpg(process.pid, signal.SIGINT)
-    error = process.communicate()[1]
+    error = process.communicate(timeout=100)[1]
     return process.returncode, error
 
 
