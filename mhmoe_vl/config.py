@@ -217,6 +217,10 @@ class AugmentConfig(Section):
     """probability of a horizontal flip; set 0 where captions say left and right"""
     color_jitter: NonNegativeFloat = 0.4
     """strength of the brightness, contrast and saturation changes"""
+    rand_augment_ops: int = Field(0, ge=0)
+    """operations of RandAugment per picture; 0 is off, BEiT-3 takes 2"""
+    rand_augment_magnitude: Annotated[float, Field(ge=0, le=10)] = 7.0
+    """strength of those operations"""
 
 
 # --------------------------------------------------------------------------------------------- tasks
@@ -330,6 +334,8 @@ class OptimConfig(Section):
     """AdamW's, on matrices only"""
     layer_decay: Annotated[float, Field(gt=0, le=1)] = 1.0
     """learning rate factor from each block to the one below it"""
+    head_lr_factor: PositiveFloat = 1.0
+    """learning rate factor of all that stands outside the encoder, times its layer's (BEiT-3's VQA head: 20)"""
     clip_grad: PositiveFloat | None = 3.0
     """largest norm of all gradients together"""
     balance_loss_weight: NonNegativeFloat = 0.01

@@ -113,12 +113,14 @@ def test_help_lists_every_field():
 
 
 def test_every_field_of_a_class_is_an_argument_of_its_constructor():
+    from mhmoe_vl.data.transforms import ImageTransform
     from mhmoe_vl.models.encoder import Encoder
     from mhmoe_vl.models.visual_tokenizer import VisualTokenizer
     from mhmoe_vl.tasks.masked_modeling import MaskedModeling
 
     pairs = {
         Encoder: (config.EncoderConfig, set()),
+        ImageTransform: (config.AugmentConfig, {"img_size", "second_size", "train", "whole"}),
         VisualTokenizer: (config.VisualTokenizerConfig, set()),
         MaskedModeling: (config.MaskedModelingConfig, {"inputs", "seed", "accumulate"}),
     }

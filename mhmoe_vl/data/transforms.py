@@ -1,20 +1,24 @@
-"""From encoded pictures to uint8 tensors: safe decoding, and crops and jitter from a given generator."""
+"""From encoded pictures to uint8 tensors: safe decoding, and crops, jitter and RandAugment from a given generator."""
 
 from __future__ import annotations
 
+import contextlib
 import io
 import math
+import random
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps
+from timm.data import auto_augment
 from torch import Tensor
 from torchvision.io import ImageReadMode, decode_jpeg
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional
 
+from ..errors import ConfigError
 from .sample import BadSample
 
 FORMATS = ("JPEG", "PNG", "WEBP")
@@ -22,6 +26,25 @@ MAX_PIXELS = 50_000_000
 MAX_SIDE = 16_384
 CROP_ASPECT = (3 / 4, 4 / 3)
 CROP_TRIES = 10
+RAND_AUGMENT = (
+    "AutoContrast",
+    "Equalize",
+    "Brightness",
+    "Sharpness",
+    "ShearX",
+    "ShearY",
+    "TranslateX",
+    "TranslateY",
+    "Rotate",
+)
+"""BEiT-3's operations (randaug.py) without the identity, in timm's names."""
+RAND_AUGMENT_PROB = 0.45
+"""BEiT-3 does one of ten operations, the identity among them, with probability 0.5; of nine this is the same."""
+RAND_AUGMENT_OPTIONS = {
+    "translate_const": 10,  # pixels at magnitude 10
+    "img_mean": (128, 128, 128),
+    "interpolation": Image.Resampling.BILINEAR,
+}
 
 _ADJUST = (functional.adjust_brightness, functional.adjust_contrast, functional.adjust_saturation)
 Box = tuple[int, int, int, int]
@@ -81,9 +104,12 @@ class ImageTransform:
     """Crop, flip, jitter and resize one picture (bicubic, antialiased); uint8 in, uint8 out.
 
     In training: a random crop of ``min_crop`` to all of the area with aspect 3/4 to 4/3, then a horizontal flip, then
-    brightness, contrast and saturation each times ``1 - color_jitter .. 1 + color_jitter`` in random order. In
-    evaluation: the largest centred crop of the output's shape. With ``second_size`` the same crop, flip and
-    jitter come in two sizes, one for the model and one for its visual tokenizer.
+    brightness, contrast and saturation each times ``1 - color_jitter .. 1 + color_jitter`` in random order, then
+    RandAugment. In evaluation: the largest centred crop of the output's shape. With ``second_size`` the same crop,
+    flip and jitter come in two sizes, one for the model and one for its visual tokenizer.
+
+    RandAugment is timm's, with BEiT-3's operations and ranges: each of ``rand_augment_ops`` draws is one of
+    :data:`RAND_AUGMENT`, done with probability 0.45. BEiT-3's setting is 2 operations of magnitude 7.
 
     Args:
         img_size: pixels, or (height, width).
@@ -92,6 +118,13 @@ class ImageTransform:
         min_crop: smallest share of the area that a random crop keeps.
         flip: probability of a flip.
         color_jitter: strength of the jitter.
+        rand_augment_ops: operations of RandAugment; 0 is off.
+        rand_augment_magnitude: their strength, 0 to 10.
+        whole: no crop in evaluation, nor in training when ``min_crop`` is 1: the whole picture is resized to the
+            output's shape, whatever its own.
+
+    Raises:
+        ConfigError: RandAugment together with a second size, because it moves pictures by pixels.
     """
 
     def __init__(
@@ -103,26 +136,39 @@ class ImageTransform:
         min_crop: float = 0.2,
         flip: float = 0.5,
         color_jitter: float = 0.4,
+        rand_augment_ops: int = 0,
+        rand_augment_magnitude: float = 7.0,
+        whole: bool = False,
     ) -> None:
         self.img_size = _pair(img_size)
         self.second_size = None if second_size is None else _pair(second_size)
         self.train, self.min_crop, self.flip, self.color_jitter = train, min_crop, flip, color_jitter
+        self.rand_augment = _rand_augment(rand_augment_ops, rand_augment_magnitude) if rand_augment_ops else None
+        self.whole = whole
+        if rand_augment_ops and self.second_size not in (None, self.img_size):
+            sizes = f"pictures of two sizes, {self.img_size} and {self.second_size}"
+            raise ConfigError(f"task.augment.rand_augment_ops: {rand_augment_ops} with {sizes} (set it to 0)")
 
-    def __call__(self, data: bytes, rng: np.random.Generator) -> Tensor | tuple[Tensor, Tensor]:
+    def __call__(
+        self, data: bytes, rng: np.random.Generator, region: Box | None = None
+    ) -> Tensor | tuple[Tensor, Tensor]:
         """The picture as uint8 (3, H, W), or a pair of these when there is a ``second_size``.
 
         Args:
             data: encoded picture.
             rng: the only source of chance; not used in evaluation.
+            region: (top, left, height, width) in pixels of the upright picture, cut out before all else; none takes
+                all of it.
 
         Raises:
-            BadSample: the picture cannot be decoded.
+            BadSample: the picture cannot be decoded, or the region is not inside it.
         """
         image = decode_image(data)
-        aspect = self.img_size[1] / self.img_size[0]
+        if region is not None:
+            image = _cut(image, region)
+        box = self._box(*image.shape[1:], rng)
         if not self.train:
-            return self._sized(lambda size: _resized(image, center_box(*image.shape[1:], aspect), size))
-        box = random_box(*image.shape[1:], self.min_crop, rng)
+            return self._sized(lambda size: _resized(image, box, size))
         flipped = rng.random() < self.flip
         low, high = max(0.0, 1 - self.color_jitter), 1 + self.color_jitter
         jitter = [(_ADJUST[i], rng.uniform(low, high)) for i in rng.permutation(len(_ADJUST))]
@@ -132,9 +178,20 @@ class ImageTransform:
             result = functional.horizontal_flip(result) if flipped else result
             for adjust, factor in jitter if self.color_jitter else ():
                 result = adjust(result, factor)
-            return result
+            return self._augmented(result, rng) if self.rand_augment else result
 
         return self._sized(view)
+
+    def _box(self, height: int, width: int, rng: np.random.Generator) -> Box:
+        if self.whole and (not self.train or self.min_crop == 1):
+            return 0, 0, height, width
+        if self.train:
+            return random_box(height, width, self.min_crop, rng)
+        return center_box(height, width, self.img_size[1] / self.img_size[0])
+
+    def _augmented(self, image: Tensor, rng: np.random.Generator) -> Tensor:
+        with _global_draws_from(rng):
+            return functional.pil_to_tensor(self.rand_augment(functional.to_pil_image(image)))
 
     def _sized(self, view: Callable[[tuple[int, int]], Tensor]) -> Tensor | tuple[Tensor, Tensor]:
         first = view(self.img_size)
@@ -159,6 +216,32 @@ def center_box(height: int, width: int, aspect: float) -> Box:
     h = min(height, max(1, round(width / aspect)))
     w = min(width, max(1, round(height * aspect)))
     return (height - h) // 2, (width - w) // 2, h, w
+
+
+def _rand_augment(num_ops: int, magnitude: float) -> auto_augment.RandAugment:
+    ops = auto_augment.rand_augment_ops(magnitude, RAND_AUGMENT_PROB, RAND_AUGMENT_OPTIONS, list(RAND_AUGMENT))
+    return auto_augment.RandAugment(ops, num_ops)
+
+
+@contextlib.contextmanager
+def _global_draws_from(rng: np.random.Generator) -> Iterator[None]:
+    """Inside, the module-wide generators of Python and NumPy, which timm uses, follow ``rng``."""
+    ours, numpys = random.getstate(), np.random.get_state()
+    random.seed(int(rng.integers(2**32)))
+    np.random.seed(rng.integers(2**32))
+    try:
+        yield
+    finally:
+        random.setstate(ours)
+        np.random.set_state(numpys)
+
+
+def _cut(image: Tensor, region: Box) -> Tensor:
+    top, left, height, width = region
+    if min(top, left) < 0 or min(height, width) < 1 or top + height > image.shape[1] or left + width > image.shape[2]:
+        what = f"region {region} (top, left, height, width) of a picture of {image.shape[2]} x {image.shape[1]} pixels"
+        raise BadSample(f"{what} is not inside it", reason="region")
+    return image[:, top : top + height, left : left + width]
 
 
 def _resized(image: Tensor, box: Box, size: tuple[int, int]) -> Tensor:

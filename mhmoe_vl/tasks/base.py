@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor, nn
@@ -50,6 +50,8 @@ class InputSpec(NamedTuple):
 class Task(Protocol):
     """A thing to learn. Everything that is particular to it lives in its file.
 
+    Tasks inherit from this class; the methods that do something here are for the tasks that need them.
+
     Attributes:
         metric: key of :meth:`score` that selects the best checkpoint.
         higher_is_better: direction of that key.
@@ -60,7 +62,8 @@ class Task(Protocol):
 
     def dataset(self, split: str) -> Dataset | Iterable[Batch]:
         """``"train"``: maps a step number to the list of this rank's batches for that step (one per accumulated
-        part). ``"val"``: iterable of this rank's share of the validation batches, every sample once over all ranks."""
+        part). ``"val"``, and ``"test"`` where the task's section has one: iterable of this rank's share of the
+        batches, every sample once over all ranks."""
         ...
 
     def model(self, encoder: nn.Module | None) -> nn.Module:
@@ -84,9 +87,26 @@ class Task(Protocol):
         ...
 
     def score(self, records: list[Record]) -> dict[str, float]:
-        """Pure; called once, on the records of the whole split sorted by id."""
+        """Pure; called once, on the records of a whole split sorted by id. Empty when the split has no truth."""
         ...
 
     def baselines(self, device: Any) -> dict[str, float]:
         """Scores that need no model, under keys of :meth:`score`, to print beside the model's own."""
         ...
+
+    def recorded(self) -> dict[str, str]:
+        """What a run keeps of its data, by file name: lists of classes, the validation split. A run that goes on must
+        find the same again."""
+        return {}
+
+    def restore(self, files: Mapping[str, str]) -> None:
+        """Take what :meth:`recorded` gave when the run began, so that evaluation needs no training data."""
+
+    def submission(self, records: list[Record]) -> dict[str, str]:
+        """The predictions of a split in the benchmark's official format, text by file name."""
+        return {}
+
+    def gallery(self, records: list[Record]) -> list[dict[str, Any]]:
+        """Predictions to show with their pictures: ``images`` (paths), ``caption``, ``right`` (true, false or none),
+        ``rows`` of name and value, ``bars`` of name and share."""
+        return []

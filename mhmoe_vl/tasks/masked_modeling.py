@@ -31,7 +31,7 @@ from ..data.transforms import ImageTransform
 from ..errors import ConfigError, DataError
 from ..models.encoder import Encoder
 from ..models.visual_tokenizer import load_visual_tokenizer
-from .base import InputSpec, ModelOutput, Record
+from .base import InputSpec, ModelOutput, Record, Task
 from .masked_batch import STREAMS, TERMS, MaskedBatch, MaskedExamples, captions, collate, per_sample
 
 UNIGRAM_SMOOTHING = 0.01
@@ -101,7 +101,7 @@ def _below_encoder(group: Any) -> Any:
     return type(group)(map(_below_encoder, group)) if isinstance(group, (list, tuple)) else group
 
 
-class MaskedModeling:
+class MaskedModeling(Task):
     """The pre-training task; see the module's docstring.
 
     Args:

@@ -18,7 +18,7 @@ from ..data.transforms import ImageTransform
 from ..errors import ConfigError
 from ..models.teachers import create_teacher
 from ..models.visual_tokenizer import VisualTokenizer
-from .base import InputSpec, ModelOutput, Record
+from .base import InputSpec, ModelOutput, Record, Task
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class VisualTokenizerModel(nn.Module):
         return ModelOutput(self.tokenizer(batch.images)._asdict(), {}, {})
 
 
-class VisualTokenizerTask:
+class VisualTokenizerTask(Task):
     """Distillation of a teacher's patch features through codes.
 
     Args:

@@ -10,8 +10,10 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from torch.utils.data import ConcatDataset
 
 from .. import distributed
+from ..errors import DataError
 from ..tasks.base import Batch, Record, Task
 
 
@@ -27,20 +29,36 @@ def predict(
 
     ``batches`` are this rank's share; ranks may hold different numbers of them. Evaluation ends early, with what it
     has, once ``stopped()``.
+
+    Raises:
+        DataError: ``batches`` say how many samples the split has (``num_samples``), and there are not as many records.
     """
     records: list[Record] = []
+    cut = False
     was_training = model.training
     model.eval()
     with torch.no_grad(), distributed.independent():
         for batch in batches:
-            if stopped():
+            if cut := stopped():
                 break
             batch = task.prepare(batch, device)
             with autocast():
                 records += task.predict(model, batch)
     model.train(was_training)
     unique = {record["id"]: record for record in distributed.gather_records(records)}
+    expected = _num_samples(batches)
+    if not distributed.max_over_ranks(int(cut)) and expected not in (None, len(unique)):
+        found = f"{len(unique)} different predictions for {expected} samples"
+        raise DataError(f"evaluation: {found} (every sample needs one, with an id of its own)")
     return [unique[identity] for identity in sorted(unique)]
+
+
+def _num_samples(batches: Iterable[Batch]) -> int | None:
+    """Samples of the whole split over all ranks; none where ``batches`` do not say."""
+    if not isinstance(batches, ConcatDataset):
+        return getattr(batches, "num_samples", None)
+    parts = [_num_samples(part) for part in batches.datasets]
+    return None if None in parts else sum(parts)
 
 
 def predictions_path(run_dir: Path, step: int) -> Path:

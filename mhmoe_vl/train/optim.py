@@ -29,11 +29,18 @@ def learning_rate(step: int, steps: int, config: OptimConfig) -> float:
 def param_groups(model: nn.Module, config: OptimConfig) -> list[dict]:
     """timm's parameter groups: no weight decay for vectors and for what any submodule's ``no_weight_decay()`` names.
 
-    With ``layer_decay`` below 1 each group has an ``lr_scale``, by the model's ``group_matcher()``.
+    With ``layer_decay`` below 1 each group has an ``lr_scale``, by the model's ``group_matcher()``. A
+    ``head_lr_factor`` multiplies the ``lr_scale`` of parameters that are not below the submodule ``encoder``.
 
     Raises:
-        ConfigError: layer decay is asked of a model that does not say which layers it has.
+        ConfigError: layer decay is asked of a model that does not say which layers it has, or a factor for the head
+            of one that has no encoder.
     """
+    groups = _decay_groups(model, config)
+    return groups if config.head_lr_factor == 1 else _part_head(model, groups, config.head_lr_factor)
+
+
+def _decay_groups(model: nn.Module, config: OptimConfig) -> list[dict]:
     spared = {
         f"{prefix}.{name}".lstrip(".")
         for prefix, module in model.named_modules()
@@ -45,6 +52,24 @@ def param_groups(model: nn.Module, config: OptimConfig) -> list[dict]:
         who = f"{type(model).__name__}, which has no group_matcher"
         raise ConfigError(f"optim.layer_decay: {config.layer_decay} for {who} (set it to 1)")
     return param_groups_layer_decay(model, config.weight_decay, spared, layer_decay=config.layer_decay)
+
+
+def _part_head(model: nn.Module, groups: list[dict], factor: float) -> list[dict]:
+    """Each group as two: what is in the encoder, and the rest with ``factor`` times the ``lr_scale``."""
+    encoder = {id(parameter) for name, parameter in model.named_parameters() if name.startswith("encoder.")}
+    if not encoder:
+        who = f"{type(model).__name__}, which has no encoder"
+        raise ConfigError(f"optim.head_lr_factor: {factor} for {who} (set it to 1)")
+    parted = []
+    for group in groups:
+        scale = group.get("lr_scale", 1.0)
+        inside = [parameter for parameter in group["params"] if id(parameter) in encoder]
+        outside = [parameter for parameter in group["params"] if id(parameter) not in encoder]
+        parted += [
+            group | {"params": inside, "lr_scale": scale},
+            group | {"params": outside, "lr_scale": scale * factor},
+        ]
+    return [group for group in parted if group["params"]]
 
 
 def build_optimizer(model: nn.Module, config: OptimConfig) -> AdamW:

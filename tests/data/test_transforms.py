@@ -1,8 +1,9 @@
-"""Decoding against hand-made pictures and PIL; crops and jitter against their definition."""
+"""Decoding against hand-made pictures and PIL; crops, jitter and RandAugment against their definition."""
 
 from __future__ import annotations
 
 import io
+import random
 import struct
 import tracemalloc
 import zlib
@@ -11,12 +12,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageEnhance, ImageOps
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional
 
+from mhmoe_vl.data.loader import sample_rng
 from mhmoe_vl.data.sample import BadSample
 from mhmoe_vl.data.transforms import ImageTransform, _from_pil, center_box, decode_image, random_box
+from mhmoe_vl.errors import ConfigError
 
 
 def encode(image: Image.Image, form: str = "PNG", **options: object) -> bytes:
@@ -198,3 +201,149 @@ def test_jitter_has_the_stated_range() -> None:
     # On plain grey only brightness shows; each of the three steps rounds down.
     assert 57 <= levels.min() <= 62 and 136 <= levels.max() <= 140
     assert abs(levels.mean() - 99) < 4
+
+
+def test_draws_without_rand_augment_stay_as_they_were() -> None:
+    """A sample's masks are drawn after its picture, from the same generator."""
+    used, expected = np.random.default_rng(3), np.random.default_rng(3)
+    ImageTransform(32, train=True)(encode(picture(200, 150)), used)
+    random_box(150, 200, 0.2, expected)
+    expected.random(), expected.permutation(3), expected.random(3)
+    assert used.random() == expected.random()
+
+
+# ------------------------------------------------------------------------------- whole pictures and regions
+def test_the_whole_picture_is_resized_whatever_its_shape() -> None:
+    image = picture(400, 300)
+    expected = torch.from_numpy(np.array(image.resize((96, 64), Image.Resampling.BICUBIC))).permute(2, 0, 1)
+    got = ImageTransform((64, 96), whole=True)(encode(image), None)
+    assert (got.int() - expected.int()).abs().max() <= 1
+    options = {"train": True, "flip": 0.0, "color_jitter": 0.0, "whole": True}
+    rng = np.random.default_rng(0)
+    assert torch.equal(ImageTransform((64, 96), min_crop=1.0, **options)(encode(image), rng), got)
+    assert not torch.equal(ImageTransform((64, 96), min_crop=0.5, **options)(encode(image), rng), got)
+
+
+@pytest.mark.parametrize("train", [False, True])
+@pytest.mark.parametrize("form", ["PNG", "JPEG"])
+def test_a_region_is_like_a_picture_of_its_own(train: bool, form: str) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # stored lying on its side: regions are of the upright picture
+    data = encode(picture(200, 150), form, exif=exif)
+    upright = Image.fromarray(decode_image(data).permute(1, 2, 0).numpy())
+    assert upright.size == (150, 200)
+    alone = encode(upright.crop((10, 60, 130, 160)))
+    transform = ImageTransform(48, train=train)
+    whole, region = (sample_rng(0, 0, 7) for _ in range(2))
+    assert torch.equal(transform(data, region, (60, 10, 100, 120)), transform(alone, whole))
+
+
+@pytest.mark.parametrize("region", [(-1, 0, 5, 5), (0, -1, 5, 5), (44, 0, 5, 5), (0, 60, 5, 5), (0, 0, 0, 5)])
+def test_a_region_outside_the_picture_is_a_bad_sample(region: tuple[int, int, int, int]) -> None:
+    assert ImageTransform(8)(encode(picture(64, 48)), None, (43, 59, 5, 5)).shape == (3, 8, 8)
+    with pytest.raises(BadSample, match=r"region .* of a picture of 64 x 48 pixels") as caught:
+        ImageTransform(8)(encode(picture(64, 48)), None, region)
+    assert caught.value.reason == "region"
+
+
+# --------------------------------------------------------------------------------------------- RandAugment
+def one_operation_of_magnitude_7(image: Image.Image) -> dict[str, list[Image.Image]]:
+    """What each of BEiT-3's operations makes of a picture, in both directions where it has two."""
+
+    def moved(*matrix: float) -> Image.Image:
+        fill = (128, 128, 128)
+        return image.transform(image.size, Image.Transform.AFFINE, matrix, Image.Resampling.BILINEAR, fillcolor=fill)
+
+    def turned(degrees: float) -> Image.Image:
+        return image.rotate(degrees, Image.Resampling.BILINEAR, fillcolor=(128, 128, 128))
+
+    return {
+        "identity": [image],
+        "AutoContrast": [ImageOps.autocontrast(image)],
+        "Equalize": [ImageOps.equalize(image)],
+        "Brightness": [ImageEnhance.Brightness(image).enhance(1.36)],
+        "Sharpness": [ImageEnhance.Sharpness(image).enhance(1.36)],
+        "ShearX": [moved(1, way * 0.21, 0, 0, 1, 0) for way in (1, -1)],
+        "ShearY": [moved(1, 0, 0, way * 0.21, 1, 0) for way in (1, -1)],
+        "TranslateX": [moved(1, 0, way * 7, 0, 1, 0) for way in (1, -1)],
+        "TranslateY": [moved(1, 0, 0, 0, 1, way * 7) for way in (1, -1)],
+        "Rotate": [turned(way * 21) for way in (1, -1)],
+    }
+
+
+def test_rand_augment_does_one_of_nine_operations_after_the_rest() -> None:
+    data = encode(picture(90, 70))
+    plain, augmented = ImageTransform(40, train=True), ImageTransform(40, train=True, rand_augment_ops=1)
+    found: dict[tuple[str, int], int] = {}
+    for number in range(1000):
+        before, after = (transform(data, sample_rng(0, 0, number)) for transform in (plain, augmented))
+        known = one_operation_of_magnitude_7(Image.fromarray(before.permute(1, 2, 0).numpy()))
+        after = after.permute(1, 2, 0).numpy()
+        name = next((n, i) for n, made in known.items() for i, one in enumerate(made) if np.array_equal(one, after))
+        found[name] = found.get(name, 0) + 1
+    assert len(found) == 15
+    assert abs(found[("identity", 0)] / 1000 - 0.55) < 0.05
+    for operation in list(known)[1:]:
+        share = sum(count for (name, _), count in found.items() if name == operation) / 1000
+        assert abs(share - 0.05) < 0.025, operation
+
+
+def test_magnitude_and_number_of_operations() -> None:
+    data = encode(picture(40, 40))
+    options = {"train": True, "whole": True, "min_crop": 1.0, "flip": 0.0, "color_jitter": 0.0}
+    plain = ImageTransform(40, **options)(data, np.random.default_rng(0))
+
+    def unchanged(**augment: int) -> float:
+        transform = ImageTransform(40, **options, **augment)
+        return np.mean([torch.equal(transform(data, sample_rng(0, 0, number)), plain) for number in range(600)])
+
+    assert abs(unchanged(rand_augment_ops=2) - 0.55**2) < 0.05
+    # Without strength shears, shifts and turns do nothing; contrast, equalising, brightness and sharpness still do.
+    assert abs(unchanged(rand_augment_ops=1, rand_augment_magnitude=0) - 0.8) < 0.05
+
+
+def test_rand_augment_is_a_function_of_seed_epoch_and_sample() -> None:
+    data = encode(picture(200, 150))
+    transform = ImageTransform((24, 32), train=True, rand_augment_ops=2)
+    places = [(seed, epoch, sample) for seed in range(2) for epoch in range(2) for sample in range(20)]
+    first = {place: transform(data, sample_rng(*place)) for place in places}
+    random.seed(1)
+    np.random.seed(1)
+    torch.manual_seed(1)
+    second = {place: transform(data, sample_rng(*place)) for place in reversed(places)}
+    assert all(torch.equal(first[place], second[place]) for place in places)
+    assert len({image.numpy().tobytes() for image in first.values()}) == len(places)
+    assert {image.shape for image in first.values()} == {(3, 24, 32)}
+
+
+def test_rand_augment_leaves_the_global_generators_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    transform = ImageTransform(24, train=True, rand_augment_ops=2)
+    random.seed(4)
+    np.random.seed(4)
+    python, numpys, torchs = random.getstate(), np.random.get_state(), torch.get_rng_state()
+
+    def untouched() -> bool:
+        same = all(map(np.array_equal, np.random.get_state(), numpys))
+        return same and random.getstate() == python and torch.equal(torch.get_rng_state(), torchs)
+
+    for number in range(30):
+        transform(encode(picture(50, 50)), sample_rng(0, 0, number))
+        assert untouched()
+
+    def fails(image: Image.Image) -> None:
+        random.random(), np.random.random()
+        raise ValueError("an operation failed")
+
+    monkeypatch.setattr(transform, "rand_augment", fails)
+    with pytest.raises(ValueError, match="an operation failed"):
+        transform(encode(picture(50, 50)), sample_rng(0, 0, 0))
+    assert untouched()
+
+
+def test_rand_augment_is_refused_with_two_sizes() -> None:
+    with pytest.raises(ConfigError, match=r"augment.rand_augment_ops: 2 with .* \(48, 48\) and \(24, 24\)"):
+        ImageTransform(48, second_size=24, train=True, rand_augment_ops=2)
+    large, same = ImageTransform(48, second_size=48, train=True, rand_augment_ops=2)(
+        encode(picture()), np.random.default_rng(0)
+    )
+    assert torch.equal(large, same)

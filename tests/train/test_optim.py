@@ -3,6 +3,7 @@ from __future__ import annotations
 import math
 
 import pytest
+import timm
 import torch
 from torch import nn
 from toy_task import ToyModel
@@ -68,6 +69,67 @@ def test_layer_decay_needs_layers():
         optim.param_groups(nn.Linear(2, 2), OptimConfig(layer_decay=0.5))
 
 
+class Headed(nn.Module):
+    """An encoder with layers; ``encoder_norm`` is not in it, whatever its name begins with, but as deep as its stem."""
+
+    def __init__(self):
+        super().__init__()
+        self.encoder = Layered()
+        self.encoder_norm = nn.LayerNorm(2)
+        self.head = nn.Linear(2, 2)
+
+    def forward(self, x):
+        for layer in (self.encoder.stem, *self.encoder.blocks, self.encoder.head, self.encoder_norm, self.head):
+            x = layer(x)
+        return x
+
+    def group_matcher(self, coarse=False):
+        return {"stem": r"^encoder(?:\.stem|_norm)", "blocks": r"^encoder\.blocks\.(\d+)"}
+
+
+@pytest.mark.parametrize(
+    ("layer_decay", "scales"),
+    [
+        (1.0, {"stem": 1, "blocks.0": 1, "blocks.1": 1, "head": 1}),
+        (0.65, {"stem": 0.65**3, "blocks.0": 0.65**2, "blocks.1": 0.65, "head": 1}),
+    ],
+)
+def test_head_learning_rate_by_hand(layer_decay, scales):
+    model = Headed()
+    optimizer = optim.build_optimizer(
+        model, OptimConfig(layer_decay=layer_decay, head_lr_factor=20.0, weight_decay=0.3)
+    )
+    optim.set_learning_rate(optimizer, 0.1)
+    expected = {f"encoder.{layer}": 0.1 * scale for layer, scale in scales.items()}
+    expected |= {"encoder_norm": 0.1 * 20 * scales["stem"], "head": 0.1 * 20}
+    groups = groups_by_name(model, optimizer.param_groups)
+    assert groups.keys() == dict(model.named_parameters()).keys()
+    for name, group in groups.items():
+        layer, _, kind = name.rpartition(".")
+        assert group["lr"] == pytest.approx(expected[layer]), name
+        assert group["weight_decay"] == (0.3 if kind == "weight" and layer != "encoder_norm" else 0.0), name
+
+
+@pytest.mark.parametrize("layer_decay", [1.0, 0.65])
+def test_without_a_factor_the_groups_are_timms(layer_decay):
+    model = Headed()
+    spared = {"weight_decay": 0.05, "no_weight_decay_list": ()}
+    if layer_decay == 1:
+        expected = timm.optim.param_groups_weight_decay(model, **spared)
+    else:
+        expected = timm.optim.param_groups_layer_decay(model, **spared, layer_decay=layer_decay)
+    groups = optim.param_groups(model, OptimConfig(layer_decay=layer_decay, head_lr_factor=1.0))
+    assert [list(map(id, group.pop("params"))) for group in groups] == [
+        list(map(id, group.pop("params"))) for group in expected
+    ]
+    assert groups == expected
+
+
+def test_a_head_factor_needs_an_encoder():
+    with pytest.raises(ConfigError, match=r"optim.head_lr_factor: 20.0 for Layered, which has no encoder"):
+        optim.param_groups(Layered(), OptimConfig(head_lr_factor=20.0))
+
+
 def step(model, optimizer, seed):
     torch.manual_seed(seed)
     model(torch.randn(5, 2)).square().sum().backward()
@@ -87,6 +149,22 @@ def test_optimizer_state_travels_as_tensors():
     for model, optimizer in zip(models, (first, second), strict=True):
         step(model, optimizer, 1)
     assert torch.equal(models[0].weight, models[1].weight)
+
+
+@pytest.mark.parametrize("config", [OptimConfig(head_lr_factor=20.0), OptimConfig(layer_decay=0.65)])
+def test_optimizer_state_goes_by_names_not_by_groups(config):
+    models = [Headed(), Headed()]
+    first = optim.build_optimizer(models[0], OptimConfig())
+    second = optim.build_optimizer(models[1], config)
+    step(models[0], first, 0)
+    tensors = optim.optimizer_tensors(models[0], first)
+    assert len(tensors) == 3 * len(list(models[0].parameters()))
+    optim.load_optimizer_tensors(models[1], second, {name: value.clone() for name, value in tensors.items()})
+    again = optim.optimizer_tensors(models[1], second)
+    assert again.keys() == tensors.keys()
+    assert all(torch.equal(again[name], tensors[name]) for name in tensors)
+    for name, parameter in models[1].named_parameters():
+        assert torch.equal(second.state[parameter]["exp_avg"], tensors[f"{name}:exp_avg"])
 
 
 def test_foreign_optimizer_state_is_refused():
