@@ -15,12 +15,13 @@ from .errors import ConfigError, guard
 
 USAGE = """\
 usage: {tool} [--config FILE [FILE ...]] [--section.field VALUE ...]
-       {tool} --eval RUN [--section.field VALUE ...]
+       {tool} --eval RUN [--split NAME] [--section.field VALUE ...]
 
 {about}
 
   --config FILE [FILE ...]  YAML files, merged left to right (default: {default})
   --eval RUN                evaluate a run folder or one of its checkpoints, train nothing
+  --split NAME              what --eval reads: val (default) or test, where the task has one
   --print-config            print the resolved configuration and stop
   --debug                   show the traceback of an error
   --version                 print the version
@@ -59,36 +60,38 @@ def _run(kind: str, default_config: str, about: str, arguments: list[str]) -> in
     if "--version" in arguments:
         print(__version__)
         return 0
-    files, evaluate, overrides, print_config = _split(arguments)
-    settings = _settings(kind, files or [default_config], evaluate, overrides)
-    if print_config:
+    own, overrides = _parse(arguments)
+    evaluate = own["--eval"][-1] if own["--eval"] else None
+    settings = _settings(kind, own["--config"] or [default_config], evaluate, overrides)
+    if "--print-config" in arguments:
         print(config.dump(settings), end="")
         return 0
-    return _evaluate(settings, Path(evaluate)) if evaluate else _train(settings)
+    if evaluate is None:
+        if own["--split"]:
+            raise ConfigError("--split: only with --eval (training evaluates on val)")
+        return _train(settings)
+    return _evaluate(settings, Path(evaluate), own["--split"][-1] if own["--split"] else "val")
 
 
-def _split(arguments: list[str]) -> tuple[list[str], str | None, list[str], bool]:
-    """``--config`` files, the run to evaluate, the other options, and whether to print the configuration only."""
-    files: list[str] = []
-    evaluate = None
+def _parse(arguments: list[str]) -> tuple[dict[str, list[str]], list[str]]:
+    """The values of ``--config``, ``--eval`` and ``--split``, and the other options."""
+    own: dict[str, list[str]] = {"--config": [], "--eval": [], "--split": []}
     rest: list[str] = []
     queue = [a for a in arguments if a not in ("--debug", "--print-config")]
     while queue:
         argument = queue.pop(0)
         name, _, value = argument.partition("=")
-        if name not in ("--config", "--eval"):
+        if name not in own:
             rest.append(argument)
             continue
         values = [value] if value else []
         while queue and not queue[0].startswith("--") and (name == "--config" or not values):
             values.append(queue.pop(0))
         if not values:
-            raise ConfigError(f"{name} needs a file or folder (write {name} PATH)")
-        if name == "--config":
-            files += values
-        else:
-            evaluate = values[0]
-    return files, evaluate, rest, "--print-config" in arguments
+            what = "a name" if name == "--split" else "a file or folder"
+            raise ConfigError(f"{name} needs {what} (write {name} {'NAME' if name == '--split' else 'PATH'})")
+        own[name] += values
+    return own, rest
 
 
 def _settings(kind: str, files: list[str], evaluate: str | None, overrides: list[str]) -> Any:
@@ -117,12 +120,13 @@ def run_folder(path: Path) -> Path:
 
 def build_task(settings: config.RunConfig) -> Any:
     """The task of a run; raises before data or accelerator are touched when sizes do not fit."""
-    from .tasks import masked_modeling, visual_tokenizer
+    from .tasks import masked_modeling, visual_tokenizer, vqa
     from .tasks.base import InputSpec
 
     tasks = {
         "masked_modeling": masked_modeling.MaskedModeling,
         "visual_tokenizer": visual_tokenizer.VisualTokenizerTask,
+        "vqa": vqa.VQA,
     }
     if settings.encoder is None and settings.task.kind != "visual_tokenizer":
         raise ConfigError("encoder: not set (add the section, or a file of configs/model)")
@@ -131,18 +135,20 @@ def build_task(settings: config.RunConfig) -> Any:
     return tasks[settings.task.kind](inputs, seed=settings.seed, accumulate=settings.train.accumulate, **options)
 
 
-def _assemble(settings: config.RunConfig) -> tuple[Any, Any]:
-    """Task and freshly initialised model, both from the run's seed."""
+def _model(settings: config.RunConfig, task: Any, init_from: str | None) -> Any:
+    """The model from the run's seed, then from ``init_from``: the encoder, and those heads that are in there too."""
     import torch
 
-    from .models.factory import build_encoder, load_encoder_weights
+    from .models.factory import build_encoder, load_encoder_weights, load_head_weights
 
-    task = build_task(settings)
     torch.manual_seed(settings.seed)
     encoder = build_encoder(settings.encoder) if settings.encoder is not None else None
-    if encoder is not None and settings.init_from is not None:
-        load_encoder_weights(encoder, settings.init_from)
-    return task, task.model(encoder)
+    if encoder is not None and init_from is not None:
+        load_encoder_weights(encoder, init_from)
+    model = task.model(encoder)
+    if encoder is not None and init_from is not None:
+        load_head_weights(model, init_from)
+    return model
 
 
 def _train(settings: config.RunConfig) -> int:
@@ -153,7 +159,8 @@ def _train(settings: config.RunConfig) -> int:
 
     output = Path(settings.output_dir)
     with engine.session(settings.train) as device:
-        task, model = _assemble(settings)
+        task = build_task(settings)
+        model = _model(settings, task, settings.init_from)
         code = engine.fit(task, model, settings, output, device=device)
         if code == 0 and not (output / "baselines.json").exists():
             baselines = task.baselines(device)
@@ -167,14 +174,24 @@ def _train(settings: config.RunConfig) -> int:
     return code
 
 
-def _evaluate(settings: config.RunConfig, path: Path) -> int:
+def _evaluate(settings: config.RunConfig, path: Path, split: str) -> int:
+    """Evaluate on ``val``, or predict ``test``: records and official files into the run's ``predictions/SPLIT``."""
     from . import distributed
-    from .train import engine
+    from .train import engine, resume
+    from .train.evaluation import write_predictions, write_texts
 
+    if split != "val" and (split == "train" or getattr(settings.task, split, None) is None):
+        raise ConfigError(f"--split {split}: task.{split} is not set, or the task has none (val, or set the section)")
     with engine.session(settings.train) as device:
-        task, model = _assemble(settings)
-        scores = engine.evaluate_checkpoint(task, model, settings, path, device=device)
+        task = build_task(settings)
+        task.restore(resume.recorded(run_folder(path)))
+        model = _model(settings, task, None)
+        records, scores = engine.evaluate_checkpoint(task, model, settings, path, split=split, device=device)
         if distributed.is_main():
+            folder = run_folder(path) / "predictions" / split
+            write_predictions(folder / "records.jsonl", records)
+            write_texts(folder, task.submission(records))
             for name, value in scores.items():
                 print(f"{name:32} {value:.6g}")
+            print(f"{'predictions':32} {folder}")
     return 0

@@ -313,7 +313,41 @@ class VisualTokenizerTaskConfig(Section):
     augment: AugmentConfig = AugmentConfig(min_crop=0.08, color_jitter=0.0)
 
 
-TaskConfig = Annotated[MaskedModelingConfig | VisualTokenizerTaskConfig, Field(discriminator="kind")]
+class VQAFilesConfig(Section):
+    """Official files of a split; several of each in the same order."""
+
+    questions: str | list[str]
+    """questions JSON"""
+    annotations: str | list[str] | None = None
+    """annotations JSON; none for a test split"""
+    images: str | list[str]
+    """folders of pictures by COCO's file names"""
+
+
+class VQAConfig(Section):
+    """Visual question answering on VQA v2's files."""
+
+    kind: Literal["vqa"] = "vqa"
+    data_dir: str = "."
+    """folder that relative paths start from"""
+    train: VQAFilesConfig
+    val: VQAFilesConfig | None = None
+    test: VQAFilesConfig | None = None
+    val_images: PositiveInt = 1000
+    """pictures of train whose questions validate instead, drawn by seed, while val is not set"""
+    answers: str | None = None
+    """list of answers (JSON list, answer2label.txt, or answers.json of a run); none builds it from train and val"""
+    min_answer_count: PositiveInt = 9
+    """occurrences that an answer needs to be listed"""
+    batch_size: PositiveInt = 128
+    """questions per optimizer step, over all ranks and accumulated parts"""
+    max_question_len: Annotated[int, Field(ge=3)] = 64
+    """tokens of a question, begin and end included; the rest is cut off"""
+    text_tokenizer: TextTokenizerConfig = BPEConfig()
+    augment: AugmentConfig = AugmentConfig(min_crop=0.5, color_jitter=0.0)
+
+
+TaskConfig = Annotated[MaskedModelingConfig | VisualTokenizerTaskConfig | VQAConfig, Field(discriminator="kind")]
 
 
 # -------------------------------------------------------------------------------------------- engine

@@ -8,7 +8,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from ..data.records import TEXT, WHOLE, BadRecords, check, fields, items, read_json
+from ..data.records import TEXT, WHOLE, check, fields, items, read_json
+from ..data.vqa import read_annotations
 from ..errors import ConfigError, DataError, one_line
 from ..metrics.coverage import coverage_problems
 from ..metrics.vqa_accuracy import VQAScores, score_vqa
@@ -16,15 +17,6 @@ from . import submission
 
 PREDICTION = fields({"question_id": WHOLE, "answer": TEXT})
 QUESTIONS = fields({"questions": items(fields({"question_id": WHOLE}), unique="question_id")})
-ANNOTATION = fields(
-    {
-        "question_id": WHOLE,
-        "question_type": TEXT,
-        "answer_type": TEXT,
-        "answers": items(fields({"answer": TEXT})),
-    }
-)
-ANNOTATIONS = fields({"annotations": items(ANNOTATION, unique="question_id")})
 NUM_ANNOTATORS = 10
 
 
@@ -52,23 +44,6 @@ def run(arguments: argparse.Namespace) -> int:
     print(_table(scores, annotations))
     submission.write_scores(arguments.json, asdict(scores))
     return 0
-
-
-def read_annotations(path: Path) -> list[dict[str, Any]]:
-    """The annotations of an official file.
-
-    Raises:
-        DataError: it is not one, a question stands twice or has no answer, or there are no questions.
-    """
-    value = read_json(path)
-    check(path, value, ANNOTATIONS)
-    annotations = value["annotations"]
-    if not annotations:
-        raise DataError(f"{path}: annotations: none (give the annotations of a split)")
-    bare = [number for number, annotation in enumerate(annotations) if not annotation["answers"]]
-    if bare:
-        raise BadRecords(path, [(f"annotations[{number}].answers", "need at least 1, got none") for number in bare])
-    return annotations
 
 
 def read_split(questions: Path | None, path: Path | None, annotations: list[dict[str, Any]] | None) -> list[int]:

@@ -6,6 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
+import torch
+from torch import Tensor
+
 from ..errors import ConfigError, one_line
 
 MAX_CACHED_WORDS = 2**18
@@ -56,6 +59,17 @@ def create_text_tokenizer(kind: str, path: str | Path | None = None) -> TextToke
     if kind == "sentencepiece" and path is not None:
         return SentencePieceTokenizer(path)
     raise ConfigError(f"text_tokenizer: kind {kind!r} with path {path} (choose bpe, or sentencepiece with a path)")
+
+
+def pad(texts: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor]:
+    """Ids ``(T, L)`` of texts, filled up to the longest one (at least 1), and where the filling is, bool."""
+    length = max(1, *map(len, texts)) if texts else 1
+    ids = torch.full((len(texts), length), pad_id, dtype=torch.int64)
+    padding = torch.ones(len(texts), length, dtype=torch.bool)
+    for row, text in enumerate(texts):
+        ids[row, : len(text)] = torch.tensor(text, dtype=torch.int64)
+        padding[row, : len(text)] = False
+    return ids, padding
 
 
 def _framed(ids: list[int], bos: int, eos: int, max_tokens: int | None) -> list[int]:

@@ -148,7 +148,15 @@ def _register(name: str) -> None:
     globals()[name] = timm.models.register_model(entry)
 
 
-__all__ = ["build_encoder", "create_model", "list_models", "load_encoder_weights", "load_pretrained", "model_config"]
+__all__ = [
+    "build_encoder",
+    "create_model",
+    "list_models",
+    "load_encoder_weights",
+    "load_head_weights",
+    "load_pretrained",
+    "model_config",
+]
 for _name in _MODELS:
     if not timm.is_model(_name):
         _register(_name)
@@ -207,6 +215,32 @@ def load_encoder_weights(encoder: Encoder, source: str | Path) -> None:
             weights["image_embed.pos_embed"] = positions
     _refuse_misfits(file, weights, wanted)
     encoder.load_state_dict(weights)
+
+
+def load_head_weights(model: torch.nn.Module, source: str | Path) -> list[str]:
+    """Fill what stands outside ``model.encoder`` from saved weights, where name and shape are the same.
+
+    So captioning goes on with the text head of pre-training; a head that the file does not have keeps its start.
+
+    Args:
+        model: has its encoder under the name ``encoder``.
+        source: as for :func:`load_encoder_weights`.
+
+    Returns:
+        Names of the weights taken.
+
+    Raises:
+        CheckpointError: a file is missing or is not readable.
+    """
+    file = _weights_file(Path(source))
+    saved = read_weights(file)
+    taken = {
+        name: saved[name]
+        for name, value in model.state_dict().items()
+        if not name.startswith(OURS) and name in saved and saved[name].shape == value.shape
+    }
+    model.load_state_dict(taken, strict=False)
+    return sorted(taken)
 
 
 def _config_file(folder: Path) -> Path | None:

@@ -32,13 +32,14 @@ from ..errors import ConfigError, DataError
 from ..models.encoder import Encoder
 from ..models.visual_tokenizer import load_visual_tokenizer
 from .base import InputSpec, ModelOutput, Record, Task
+from .encoder_model import EncoderModel
 from .masked_batch import STREAMS, TERMS, MaskedBatch, MaskedExamples, captions, collate, per_sample
 
 UNIGRAM_SMOOTHING = 0.01
 """Added to every count of the unigram baseline: enough for pieces never seen, too little to blur the frequencies."""
 
 
-class MaskedModelingModel(nn.Module):
+class MaskedModelingModel(EncoderModel):
     """Encoder with a text head and an image head that read masked positions only.
 
     ``mlm_head`` scores text pieces, ``mim_head`` scores visual codes; both are one biased linear layer and carry the
@@ -50,11 +51,8 @@ class MaskedModelingModel(nn.Module):
         num_codes: entries of the visual codebook; none when no stream has pictures.
     """
 
-    find_unused_parameters = True  # a head that a rank's batch has nothing for
-
     def __init__(self, encoder: Encoder, *, num_codes: int | None) -> None:
-        super().__init__()
-        self.encoder = encoder
+        super().__init__(encoder)
         if "text" in encoder.modalities:
             self.mlm_head = _head(encoder.embed_dim, encoder.vocab_size)
         if num_codes is not None:
@@ -75,16 +73,7 @@ class MaskedModelingModel(nn.Module):
             logits["image_logits"] = self.mim_head(patches.index_select(0, batch.image_positions))
         if batch.text is not None:
             logits["text_logits"] = self.mlm_head(features.text.flatten(0, 1).index_select(0, batch.text_positions))
-        stats = dict(zip(self.encoder.moe_names, features.stats, strict=True))
-        return ModelOutput(logits, features.aux_losses, stats)
-
-    def no_weight_decay(self) -> set[str]:
-        """Parameters that the optimizer should not shrink."""
-        return {f"encoder.{name}" for name in self.encoder.no_weight_decay()}
-
-    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """The encoder's layer groups, for layer-wise learning rates; the heads belong to the last one."""
-        return {name: _below_encoder(group) for name, group in self.encoder.group_matcher(coarse).items()}
+        return self.output(logits, features)
 
 
 def _head(dim: int, num_outputs: int) -> nn.Linear:
@@ -92,13 +81,6 @@ def _head(dim: int, num_outputs: int) -> nn.Linear:
     nn.init.trunc_normal_(head.weight, std=0.02)
     nn.init.zeros_(head.bias)
     return head
-
-
-def _below_encoder(group: Any) -> Any:
-    """timm's group patterns, anchored at ``encoder.`` instead of the start of the name."""
-    if isinstance(group, str):
-        return group.replace("^", r"^encoder\.")
-    return type(group)(map(_below_encoder, group)) if isinstance(group, (list, tuple)) else group
 
 
 class MaskedModeling(Task):

@@ -25,9 +25,9 @@ from .. import distributed
 from ..config import RunConfig, TrainConfig
 from ..data.loader import step_loader
 from ..errors import ConfigError, TrainingError, one_line
-from ..tasks.base import Batch, Task
+from ..tasks.base import Batch, Record, Task
 from . import checkpoint, optim, resume
-from .evaluation import predict, predictions_path, write_predictions
+from .evaluation import predict, predictions_path, write_predictions, write_texts
 from .log import RunLog
 from .step import Autocast, Trainer
 from .system import StopSignals, lock, peak_memory_mb, raise_malloc_thresholds, seed_all
@@ -71,9 +71,9 @@ def fit(task: Task, model: nn.Module, config: RunConfig, run_dir: Path, *, devic
 
 
 def evaluate_checkpoint(
-    task: Task, model: nn.Module, config: RunConfig, path: Path, *, device: torch.device
-) -> dict[str, float]:
-    """Scores of a checkpoint, or of the best (else newest) one of a run folder, on the validation split.
+    task: Task, model: nn.Module, config: RunConfig, path: Path, *, split: str, device: torch.device
+) -> tuple[list[Record], dict[str, float]]:
+    """Predictions and scores of a checkpoint, or of the best (else newest) one of a run folder, on a split.
 
     Raises:
         CheckpointError: there is none, or it does not fit ``model``.
@@ -83,8 +83,8 @@ def evaluate_checkpoint(
     checkpoint.load_weights(model, found.weights, found.path)
     seed_all(config.seed)
     autocast = Autocast(config.train.precision, device)
-    records = predict(task, model.to(device), task.dataset("val"), device, autocast)
-    return distributed.on_main(lambda: task.score(records))
+    records = predict(task, model.to(device), task.dataset(split), device, autocast)
+    return records, distributed.on_main(lambda: task.score(records))
 
 
 @dataclass
@@ -151,6 +151,7 @@ class _Run:
         else:
             self._restore(found)
             self.log.cut(self.progress.step, self.progress.evaluated)
+        distributed.on_main(lambda: resume.keep_recorded(self.run_dir, self.task.recorded()))
         if distributed.is_main():
             resume.write_config(self.run_dir / "config.yaml", self.config)
 
@@ -282,6 +283,8 @@ class _Run:
         if distributed.is_main():
             path = predictions_path(self.run_dir, progress.step)
             write_predictions(path, records, keep=[predictions_path(self.run_dir, progress.best_step)])
+            if progress.best_step in (-1, progress.step):
+                write_texts(path.parent, task.submission(records))
         self.log.write(progress.step, "val", scores)
 
     def _save(self) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 
@@ -66,11 +66,17 @@ def predictions_path(run_dir: Path, step: int) -> Path:
     return run_dir / "predictions" / f"val_step-{step:08d}.jsonl"
 
 
+def write_texts(folder: Path, texts: Mapping[str, str]) -> None:
+    """Write texts by file name into ``folder``, each all or nothing."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, text in texts.items():
+        part = folder / f"{name}.part"
+        part.write_text(text, encoding="utf-8")
+        os.replace(part, folder / name)
+
+
 def write_predictions(path: Path, records: list[Record], keep: Iterable[Path] = ()) -> None:
     """Write ``records`` as JSON lines, all or nothing, and remove the folder's other predictions but ``keep``."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part")
-    part.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
-    os.replace(part, path)
+    write_texts(path.parent, {path.name: "".join(json.dumps(record) + "\n" for record in records)})
     for other in set(path.parent.glob("val_step-*.jsonl")) - {path, *keep}:
         other.unlink()

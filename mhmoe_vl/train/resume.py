@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from ..config import RunConfig
 from ..errors import CheckpointError, ConfigError, one_line
 from . import checkpoint
 from .checkpoint import Checkpoint
+from .evaluation import write_texts
 
 HARMLESS = frozenset(["output_dir", "init_from", "task.data_dir"])
 """Keys that may differ from the run that is continued, beside all of ``train`` but :data:`KEPT`."""
@@ -74,6 +75,25 @@ def write_config(path: Path, config: RunConfig) -> None:
     part = path.with_suffix(".part")
     part.write_text(configuration.dump(config), encoding="utf-8")
     os.replace(part, path)
+
+
+def keep_recorded(run_dir: Path, files: Mapping[str, str]) -> None:
+    """Write what a task records of its data to ``run_dir/recorded``; hold a run that goes on to what it recorded.
+
+    Raises:
+        ConfigError: the data are not those that the run began with.
+    """
+    for name, text in files.items():
+        path = run_dir / "recorded" / name
+        if path.is_file() and path.read_text(encoding="utf-8") != text:
+            raise ConfigError(f"{path}: the data now give another one (restore the data, or name another output_dir)")
+    write_texts(run_dir / "recorded", files)
+
+
+def recorded(run_dir: Path) -> dict[str, str]:
+    """What :func:`keep_recorded` wrote, text by file name; empty for a task that records nothing."""
+    files = sorted(path for path in (run_dir / "recorded").glob("*") if path.is_file() and path.suffix != ".part")
+    return {path.name: path.read_text(encoding="utf-8") for path in files}
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from toy_task import BATCH, VALIDATION, ToyTask, in_ranks, metrics, toy_config, train
 
 from mhmoe_vl.errors import CheckpointError, ConfigError, TrainingError
-from mhmoe_vl.train import checkpoint, engine
+from mhmoe_vl.train import checkpoint, engine, resume
 
 FULL = {"train__ema_decay": 0.5, "train__eval_every": 2}
 """options under which everything that a checkpoint must hold matters"""
@@ -89,10 +89,20 @@ def test_validation_scores_are_those_of_the_whole_set(whole):
     last = metrics(whole)[-1]
     assert (last["split"], last["step"], last["count"]) == ("val", 6, VALIDATION)
     assert last["error"] == pytest.approx(float(errors), rel=1e-6)
-    scores = engine.evaluate_checkpoint(
-        task, ToyTask().model(None), toy_config(whole), whole / "checkpoints/last", device=torch.device("cpu")
+    place = {"split": "val", "device": torch.device("cpu")}
+    records, scores = engine.evaluate_checkpoint(
+        task, ToyTask().model(None), toy_config(whole), whole / "checkpoints/last", **place
     )
     assert scores["error"] == last["error"]
+    assert task.submission(records) == {"official.csv": (whole / "predictions/official.csv").read_text()}
+
+
+def test_a_run_that_goes_on_must_find_its_data_again(tmp_path):
+    assert train(tmp_path, {"classes": "a b"}, train__steps=2) == 0
+    assert resume.recorded(tmp_path) == {"classes.json": "a b"}
+    with pytest.raises(ConfigError, match=r"recorded/classes\.json: the data now give another one"):
+        train(tmp_path, {"classes": "b a"}, train__steps=4)
+    assert train(tmp_path, {"classes": "a b"}, train__steps=4) == 0
 
 
 def test_evaluations_do_not_touch_the_training(tmp_path, whole):
@@ -125,7 +135,7 @@ def test_run_folder_holds_best_last_and_their_predictions(whole):
     assert checkpoint.read(whole / "checkpoints/best").state["step"] == best
     assert checkpoint.read(whole / "checkpoints/last").state["step"] == 6
     names = {path.name for path in (whole / "predictions").iterdir()}
-    assert names == {f"val_step-{step:08d}.jsonl" for step in (best, 6)}
+    assert names == {"official.csv", *(f"val_step-{step:08d}.jsonl" for step in (best, 6))}
     records = [json.loads(line) for line in (whole / "predictions/val_step-00000006.jsonl").read_text().splitlines()]
     assert [record["id"] for record in records] == list(range(VALIDATION))
 
@@ -200,7 +210,7 @@ def test_the_best_score_is_remembered(tmp_path, monkeypatch, higher_is_better, b
     assert train(tmp_path, train__eval_every=2, train__steps=8) == 0
     assert checkpoint.read(tmp_path / "checkpoints/best").state["step"] == best
     names = {path.name for path in (tmp_path / "predictions").iterdir()}
-    assert names == {f"val_step-{step:08d}.jsonl" for step in (best, 8)}
+    assert names == {"official.csv", *(f"val_step-{step:08d}.jsonl" for step in (best, 8))}
 
 
 def test_a_finished_run_does_nothing_twice(tmp_path, capsys):

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mhmoe_vl import config, distributed
-from mhmoe_vl.tasks.base import ModelOutput
+from mhmoe_vl.tasks.base import ModelOutput, Task
 
 WIDTH, CLASSES, EXPERTS, BATCH, VALIDATION = 6, 3, 4, 8, 11
 TIMES = ("time", "samples_per_s", "step_seconds", "images_per_s", "memory_mb")
@@ -117,7 +117,7 @@ class ToyModel(nn.Module):
         return {"experts"}
 
 
-class ToyTask:
+class ToyTask(Task):
     metric = "error"
     higher_is_better = False
 
@@ -130,7 +130,9 @@ class ToyTask:
         signal: int = signal.SIGTERM,
         fail_at: int = -1,
         bad_per_part: int = 0,
+        classes: str = "",
     ) -> None:
+        self.classes = classes
         self.accumulate, self.dropout, self.nan_at = accumulate, dropout, nan_at
         self.signal_at, self.signal, self.fail_at, self.bad_per_part = signal_at, signal, fail_at, bad_per_part
         self.evaluations = 0
@@ -163,6 +165,12 @@ class ToyTask:
     def score(self, records: list[dict]) -> dict[str, float]:
         self.evaluations += 1
         return {"error": sum(r["error"] for r in records) / len(records), "count": len(records)}
+
+    def recorded(self) -> dict[str, str]:
+        return {"classes.json": self.classes} if self.classes else {}
+
+    def submission(self, records: list[dict]) -> dict[str, str]:
+        return {"official.csv": "".join(f"{r['id']},{r['error']}\n" for r in records)}
 
 
 def toy_config(output_dir: Path, **options) -> config.RunConfig:

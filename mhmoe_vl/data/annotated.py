@@ -1,0 +1,109 @@
+"""Examples that an annotation file describes and that name pictures in folders."""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Hashable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..errors import DataError, one_line
+from .sample import IMAGE_EXTENSIONS, MAX_MEMBER_BYTES, BadSample
+
+SHOWN = 3
+
+
+@dataclass(frozen=True)
+class Example:
+    """One annotated example, a source for :mod:`.loader` when in a list.
+
+    Attributes:
+        key: unique in its split.
+        record: what the annotation file says, in the task's own form.
+        pictures: files that it needs, there or not.
+        source: the annotation file.
+    """
+
+    key: str
+    record: Any
+    pictures: tuple[Path, ...]
+    source: str
+
+    def picture(self, number: int = 0) -> bytes:
+        """An encoded picture; a :class:`BadSample` when it cannot be read."""
+        path = self.pictures[number]
+        try:
+            if path.stat().st_size > MAX_MEMBER_BYTES:
+                raise self.bad("image size", f"{path}: more than {MAX_MEMBER_BYTES} bytes")
+            return path.read_bytes()
+        except OSError as error:
+            raise self.bad("missing image", f"{path}: {error.strerror}") from error
+
+    def bad(self, reason: str, what: str) -> BadSample:
+        """The error for this example, naming file and key."""
+        return BadSample(f"{self.source}: {self.key}: {what}", reason=reason, shard=self.source, member=self.key)
+
+
+class PictureFolders:
+    """The pictures in some folders and in the folders right below them, by file name.
+
+    Args:
+        folders: searched in this order.
+
+    Raises:
+        DataError: a folder is missing, or there is no picture in any.
+    """
+
+    def __init__(self, folders: Sequence[Path]) -> None:
+        self.first, self._places = Path(folders[0]), {}
+        for folder in folders:
+            try:
+                inside = sorted(entry.path for entry in os.scandir(folder) if entry.is_dir())
+                for place in (folder, *inside):
+                    for entry in os.scandir(place):
+                        if entry.name.rpartition(".")[2].lower() in IMAGE_EXTENSIONS:
+                            self._places.setdefault(entry.name, Path(entry.path))
+            except OSError as error:
+                raise DataError(f"{error.filename}: {error.strerror} (name a folder of pictures)") from error
+        if not self._places:
+            raise DataError(f"{self.first}: no picture in it (name a folder of pictures)")
+
+    def find(self, *names: str) -> Path:
+        """Where the first of the names is that exists; where it would be when none does."""
+        return next((self._places[name] for name in names if name in self._places), self.first / names[0])
+
+
+def missing_pictures(examples: Iterable[Example]) -> list[Path]:
+    """The pictures that are not there, each once."""
+    wanted = dict.fromkeys(path for example in examples for path in example.pictures)
+    return [path for path in wanted if not path.is_file()]
+
+
+def require_pictures(examples: Sequence[Example]) -> None:
+    """Refuse a split for evaluation that lacks pictures: a smaller test set is another test set.
+
+    Raises:
+        DataError: how many are missing, and the first three.
+    """
+    missing = missing_pictures(examples)
+    if missing:
+        named = ", ".join(one_line(path.name, 60) for path in missing[:SHOWN])
+        what = f"{len(missing)} pictures missing: {named}{', ...' if len(missing) > SHOWN else ''}"
+        raise DataError(f"{examples[0].source}: {what} (get them, or evaluate on a split that is whole)")
+
+
+def held_out(
+    keys: Iterable[Hashable], *, seed: int, count: int | None = None, fraction: float | None = None
+) -> set[Any]:
+    """``count``, or a ``fraction``, of the different keys, drawn by ``seed``; their order does not matter.
+
+    Raises:
+        DataError: nothing would be left.
+    """
+    different = sorted(set(keys))
+    count = round(len(different) * fraction) if count is None else count
+    if not 0 <= count < len(different):
+        raise DataError(f"{count} of {len(different)} groups to hold out (hold out fewer)")
+    return set(random.Random(seed).sample(different, count))

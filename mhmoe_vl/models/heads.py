@@ -1,0 +1,65 @@
+"""Output heads of the fine-tuning tasks, under the names of the published BEiT-3 checkpoints."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import CheckpointError
+
+_STD = 0.02
+
+
+class Pooler(nn.Module):
+    """``tanh(W LN(x))`` of the first token, ``(B, N, D)`` to ``(B, D)``; of image tokens the class token.
+
+    Args:
+        dim: token width D.
+        norm_eps: epsilon of the LayerNorm.
+    """
+
+    def __init__(self, dim: int, *, norm_eps: float) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(dim, eps=norm_eps)
+        self.dense = start(nn.Linear(dim, dim))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """The pooled features."""
+        return self.dense(self.norm(tokens[:, 0])).tanh()
+
+
+def answer_head(dim: int, num_answers: int, *, norm_eps: float) -> nn.Sequential:
+    """BEiT-3's VQA head: D -> 2D, LayerNorm, GELU, 2D -> answers."""
+    norm = nn.LayerNorm(2 * dim, eps=norm_eps)
+    return nn.Sequential(start(nn.Linear(dim, 2 * dim)), norm, nn.GELU(), start(nn.Linear(2 * dim, num_answers)))
+
+
+def start(linear: nn.Linear) -> nn.Linear:
+    """Fill a head's linear layer as BEiT-3 does (normal with 0.02, cut at 2, zero bias) and return it."""
+    nn.init.trunc_normal_(linear.weight, std=_STD)
+    nn.init.zeros_(linear.bias)
+    return linear
+
+
+class ClassList(nn.Module):
+    """The hash of a head's classes: saved with the weights, and compared when weights are loaded.
+
+    Args:
+        sha256: in hexadecimal.
+    """
+
+    def __init__(self, sha256: str) -> None:
+        super().__init__()
+        self.register_buffer("sha256", torch.tensor(list(bytes.fromhex(sha256)), dtype=torch.uint8))
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *others: Any) -> None:
+        saved = state_dict.get(f"{prefix}sha256")
+        if saved is not None and not torch.equal(saved.cpu(), self.sha256.cpu()):
+            ours, theirs = (bytes(value.tolist()).hex()[:12] for value in (self.sha256.cpu(), saved.cpu()))
+            raise CheckpointError(
+                f"{prefix}sha256: weights were trained for the list of classes {theirs}..., this one is {ours}..."
+                " (give the list that their run recorded)"
+            )
+        super()._load_from_state_dict(state_dict, prefix, *others)

@@ -1,0 +1,343 @@
+"""Visual question answering: classification over a list of answers, scored by the official VQA accuracy.
+
+As BEiT-3 does it: picture and question pass the encoder together, the pooled class token of the picture is scored
+against every listed answer, and the targets are the accuracies that the answers would have (binary cross-entropy).
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .. import distributed
+from ..data.annotated import Example, PictureFolders, held_out, require_pictures
+from ..data.loader import EvalBatches, StepDataset, eval_batches
+from ..data.text import TextTokenizer, create_text_tokenizer, pad
+from ..data.transforms import ImageTransform
+from ..data.vqa import Question, read_questions
+from ..errors import ConfigError, DataError
+from ..metrics.vqa_accuracy import score_vqa
+from ..models.encoder import Encoder
+from ..models.heads import ClassList, Pooler, answer_head
+from .answers import AnswerVocabulary
+from .base import InputSpec, ModelOutput, Record, Task
+from .encoder_model import EncoderModel
+
+NUM_CANDIDATES = 5
+ANSWERS_FILE, SPLIT_FILE = "answers.json", "split.json"
+
+
+@dataclass(frozen=True)
+class VQABatch:
+    """Questions with their pictures.
+
+    Attributes:
+        images: ``(B, 3, H, W)`` uint8, after ``prepare`` normalised float.
+        text: ``(B, L)`` ids of the questions.
+        text_padding: ``(B, L)`` bool, True at padding.
+        targets: ``(B, A)`` what each listed answer would score; zeros where there are no annotations.
+        records: what is known of each question.
+        bad: questions left out, by reason.
+    """
+
+    images: Tensor
+    text: Tensor
+    text_padding: Tensor
+    targets: Tensor
+    records: list[Record]
+    bad: dict[str, int] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+
+class VQAModel(EncoderModel):
+    """Encoder, pooler, answer head.
+
+    Args:
+        encoder: without final norm in the published form; the pooler has its own.
+        num_answers: outputs.
+        sha256: of the list of answers.
+    """
+
+    def __init__(self, encoder: Encoder, *, num_answers: int, sha256: str) -> None:
+        super().__init__(encoder)
+        self.pooler = Pooler(encoder.embed_dim, norm_eps=encoder.norm_eps)
+        self.head = answer_head(encoder.embed_dim, num_answers, norm_eps=encoder.norm_eps)
+        self.answers = ClassList(sha256)
+
+    def forward(self, batch: VQABatch) -> ModelOutput:
+        """``logits (B, A)``."""
+        features = self.encoder(batch.images, batch.text, text_padding=batch.text_padding, num_pairs=len(batch))
+        return self.output({"logits": self.head(self.pooler(features.image))}, features)
+
+
+class VQA(Task):
+    """The task; see the module's docstring.
+
+    Args:
+        inputs: sizes that the encoder expects.
+        seed: of data order, augmentation and the validation split.
+        accumulate: parts that a step's batch is split into.
+        others: the fields of the ``task`` section, in plain values.
+
+    Raises:
+        ConfigError: sizes do not fit together.
+    """
+
+    metric = "accuracy"
+    higher_is_better = True
+
+    def __init__(
+        self,
+        inputs: InputSpec,
+        *,
+        seed: int,
+        accumulate: int,
+        data_dir: str,
+        train: Mapping[str, Any],
+        val: Mapping[str, Any] | None,
+        test: Mapping[str, Any] | None,
+        val_images: int,
+        answers: str | None,
+        min_answer_count: int,
+        batch_size: int,
+        max_question_len: int,
+        text_tokenizer: Mapping[str, Any],
+        augment: Mapping[str, Any],
+    ) -> None:
+        self.inputs, self.seed, self.accumulate, self.data_dir = inputs, seed, accumulate, Path(data_dir)
+        self.files = {"train": train, "val": val, "test": test}
+        self.val_images, self.answers, self.min_answer_count = val_images, answers, min_answer_count
+        self.batch_size, self.max_question_len = batch_size, max_question_len
+        if set(inputs.modalities) != {"image", "text"}:
+            raise ConfigError(f"encoder.modalities: {list(inputs.modalities)} (questions need image and text)")
+        if max_question_len > inputs.max_text_len:
+            what = f"{max_question_len} with encoder.max_text_len {inputs.max_text_len}"
+            raise ConfigError(f"task.max_question_len: {what} (lower it)")
+        self.tokenizer = create_text_tokenizer(**text_tokenizer)
+        if self.tokenizer.vocab_size > inputs.vocab_size:
+            what = f"{inputs.vocab_size} rows for a tokenizer of {self.tokenizer.vocab_size} pieces"
+            raise ConfigError(f"encoder.vocab_size: {what} (set it to {self.tokenizer.vocab_size})")
+        self.augment = augment
+        self.kept: Mapping[str, str] = {}
+
+    # ------------------------------------------------------------------------------------------ data
+    @cached_property
+    def _given(self) -> list[Example]:
+        """All questions of the training files."""
+        return self._read("train")
+
+    @cached_property
+    def _val_pictures(self) -> set[int]:
+        """Pictures of the training files that validate; none where validation has files of its own."""
+        if self.files["val"] is not None:
+            return set()
+        if SPLIT_FILE in self.kept:
+            return set(json.loads(self.kept[SPLIT_FILE])["validation_images"])
+        return held_out((e.record.image_id for e in self._given), seed=self.seed, count=self.val_images)
+
+    @cached_property
+    def _train(self) -> list[Example]:
+        return [e for e in self._given if e.record.image_id not in self._val_pictures]
+
+    @cached_property
+    def _learnable(self) -> list[Example]:
+        """Training questions with a listed answer; the others would teach that nothing is right."""
+        found = [e for e in self._train if self.vocabulary.targets(e.record.answers)]
+        if not found:
+            raise DataError(f"{self.files['train']['questions']}: no question has a listed answer (check task.answers)")
+        return found
+
+    @cached_property
+    def _val(self) -> list[Example]:
+        own = self.files["val"] is not None
+        found = self._read("val") if own else [e for e in self._given if e.record.image_id in self._val_pictures]
+        require_pictures(found)
+        return found
+
+    @cached_property
+    def vocabulary(self) -> AnswerVocabulary:
+        """The list of answers: the run's own, a given one, or built from all annotations but the test split's."""
+        if ANSWERS_FILE in self.kept:
+            return AnswerVocabulary(json.loads(self.kept[ANSWERS_FILE])["answers"])
+        if self.answers is not None:
+            return AnswerVocabulary.read(self.data_dir / self.answers)
+        own = self._val if self.files["val"] is not None else []
+        vocabulary = AnswerVocabulary.build((e.record.most_given for e in [*self._given, *own]), self.min_answer_count)
+        if not len(vocabulary):
+            raise DataError(
+                f"{self.files['train']['annotations']}: no answer occurs {self.min_answer_count} times"
+                " (lower task.min_answer_count, or give task.answers)"
+            )
+        return vocabulary
+
+    def _read(self, split: str) -> list[Example]:
+        files = {name: _listed(value) for name, value in self.files[split].items()}
+        if split != "test" and len(files["annotations"]) != len(files["questions"]):
+            counts = f"{len(files['questions'])} questions, {len(files['annotations'])} annotations"
+            raise ConfigError(f"task.{split}: files of {counts} (give one of each, in the same order)")
+        folders = PictureFolders([self.data_dir / folder for folder in files["images"]])
+        pairs = [(q, None) for q in files["questions"]] if split == "test" else zip(*_both(files), strict=True)
+        found = [
+            example
+            for questions, annotations in pairs
+            for example in read_questions(
+                self.data_dir / questions, annotations and self.data_dir / annotations, folders
+            )
+        ]
+        twice = [key for key, count in Counter(example.key for example in found).items() if count > 1]
+        if twice:
+            raise DataError(f"task.{split}: question {twice[0]} stands in two files (give each file once)")
+        return found
+
+    def dataset(self, split: str) -> StepDataset | EvalBatches:
+        place = {"seed": self.seed, "rank": distributed.rank(), "world": distributed.world_size()}
+        pictures = ImageTransform(self.inputs.img_size, train=split == "train", whole=True, **self.augment)
+        examples = _Examples(pictures, self.tokenizer, self.max_question_len, self.vocabulary, split != "train")
+        collate = partial(
+            _collate, pad_id=self.tokenizer.pad_id, img_size=self.inputs.img_size, num_answers=len(self.vocabulary)
+        )
+        if split == "train":
+            streams = {"questions": (self._learnable, self.batch_size, examples)}
+            return StepDataset(streams, partial(_collate_step, collate), accumulate=self.accumulate, **place)
+        source = self._val if split == "val" else self._read(split)
+        require_pictures(source)
+        return eval_batches(source, examples, self.batch_size, collate, **place)
+
+    def recorded(self) -> dict[str, str]:
+        """The list of answers with its hash, and which pictures validate."""
+        split = {
+            "validation_images": sorted(self._val_pictures),
+            "validation_questions": len(self._val),
+            "training_questions": len(self._learnable),
+            "without_listed_answer": len(self._train) - len(self._learnable),
+        }
+        return {ANSWERS_FILE: self.vocabulary.to_json(), SPLIT_FILE: json.dumps(split, indent=0) + "\n"}
+
+    def restore(self, files: Mapping[str, str]) -> None:
+        self.kept = files
+
+    # ----------------------------------------------------------------------------------------- model
+    def model(self, encoder: Encoder) -> VQAModel:
+        return VQAModel(encoder, num_answers=len(self.vocabulary), sha256=self.vocabulary.sha256)
+
+    def prepare(self, batch: VQABatch, device: torch.device) -> VQABatch:
+        """``batch`` on ``device``, pictures in [-1, 1]."""
+        moved = {name: value.to(device) for name, value in vars(batch).items() if isinstance(value, Tensor)}
+        return replace(batch, **moved | {"images": moved["images"].float() / 127.5 - 1})
+
+    def num_targets(self, batch: VQABatch) -> dict[str, int]:
+        """Questions."""
+        return {"answers": len(batch)}
+
+    def loss(self, output: ModelOutput, batch: VQABatch) -> dict[str, Tensor]:
+        """Binary cross-entropy summed over answers and questions."""
+        logits = output.values["logits"].float()
+        return {"answers": F.binary_cross_entropy_with_logits(logits, batch.targets, reduction="sum")}
+
+    # ------------------------------------------------------------------------------------ evaluation
+    def predict(self, model: nn.Module, batch: VQABatch) -> list[Record]:
+        """Per question: the answer, and the best candidates with their scores."""
+        scores = model(batch).values["logits"].float().sigmoid()
+        best = scores.topk(min(NUM_CANDIDATES, scores.shape[1]))
+        found = []
+        for record, values, numbers in zip(batch.records, best.values.tolist(), best.indices.tolist(), strict=True):
+            names = [self.vocabulary.answers[number] for number in numbers]
+            candidates = [list(pair) for pair in zip(names, values, strict=True)]
+            found.append({**record, "answer": names[0], "candidates": candidates})
+        return found
+
+    def score(self, records: list[Record]) -> dict[str, float]:
+        """``accuracy`` in percent, over all questions and by answer type, and ``ceiling``, the most that the list of
+        answers allows; nothing for a split without answers."""
+        if not records or any(record["answers"] is None for record in records):
+            return {}
+        annotations = [r | {"answers": [{"answer": answer} for answer in r["answers"]]} for r in records]
+        scores = score_vqa({r["question_id"]: r["answer"] for r in records}, annotations)
+        ceiling = 100 * float(np.mean([self.vocabulary.ceiling(r["answers"]) for r in records]))
+        by_type = {f"accuracy/{name}": value for name, value in scores.per_answer_type.items()}
+        return {"accuracy": scores.overall, **by_type, "ceiling": ceiling}
+
+    def baselines(self, device: torch.device) -> dict[str, float]:
+        """Accuracy of always giving the most frequent training answer of the question's type."""
+        counts: dict[str, Counter[str]] = defaultdict(Counter)
+        for example in self._train:
+            for name in (example.record.question_type, ""):
+                counts[name][example.record.most_given] += 1
+        best = {name: min(found, key=lambda a: (-found[a], a)) for name, found in counts.items()}
+        records = [_record(e) for e in self._val]
+        scores = self.score([r | {"answer": best.get(r["question_type"], best[""])} for r in records])
+        return {name: value for name, value in scores.items() if name != "ceiling"}
+
+    def submission(self, records: list[Record]) -> dict[str, str]:
+        """The file that the evaluation server (EvalAI) takes."""
+        answers = [{"question_id": r["question_id"], "answer": r["answer"]} for r in records]
+        return {"vqa_results.json": json.dumps(answers, ensure_ascii=False) + "\n"}
+
+
+@dataclass(frozen=True)
+class _Examples:
+    """From an annotated question to a training or evaluation example; picklable for data workers."""
+
+    pictures: ImageTransform
+    tokenizer: TextTokenizer
+    max_len: int
+    vocabulary: AnswerVocabulary
+    evaluation: bool
+
+    def __call__(self, example: Example, rng: np.random.Generator) -> dict[str, Any]:
+        question: Question = example.record
+        return {
+            "image": self.pictures(example.picture(), rng),
+            "text": self.tokenizer.encode(question.question, self.max_len),
+            "targets": self.vocabulary.targets(question.answers or ()),
+            "record": _record(example) if self.evaluation else {"id": question.question_id},
+        }
+
+
+def _record(example: Example) -> Record:
+    question: Question = example.record
+    return {
+        "id": question.question_id,
+        "question_id": question.question_id,
+        "question": question.question,
+        "image": str(example.pictures[0]),
+        "question_type": question.question_type,
+        "answer_type": question.answer_type,
+        "answers": question.answers and list(question.answers),
+    }
+
+
+def _collate(examples: list[dict[str, Any]], *, pad_id: int, img_size: tuple[int, int], num_answers: int) -> VQABatch:
+    """A batch of examples, which may be none."""
+    images = torch.empty(len(examples), 3, *img_size, dtype=torch.uint8)
+    targets = torch.zeros(len(examples), num_answers)
+    for row, example in enumerate(examples):
+        images[row] = example["image"]
+        for number, value in example["targets"].items():
+            targets[row, number] = value
+    text, padding = pad([example["text"] for example in examples], pad_id)
+    return VQABatch(images, text, padding, targets, [example["record"] for example in examples])
+
+
+def _collate_step(collate: Any, streams: Mapping[str, list[dict[str, Any]]]) -> VQABatch:
+    return collate(streams["questions"])
+
+
+def _listed(value: str | Iterable[str] | None) -> list[str]:
+    return [] if value is None else [value] if isinstance(value, str) else list(value)
+
+
+def _both(files: Mapping[str, list[str]]) -> tuple[list[str], list[str]]:
+    return files["questions"], files["annotations"]
