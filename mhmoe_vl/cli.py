@@ -120,13 +120,14 @@ def run_folder(path: Path) -> Path:
 
 def build_task(settings: config.RunConfig) -> Any:
     """The task of a run; raises before data or accelerator are touched when sizes do not fit."""
-    from .tasks import masked_modeling, visual_tokenizer, vqa
+    from .tasks import masked_modeling, nlvr2, visual_tokenizer, vqa
     from .tasks.base import InputSpec
 
     tasks = {
         "masked_modeling": masked_modeling.MaskedModeling,
         "visual_tokenizer": visual_tokenizer.VisualTokenizerTask,
         "vqa": vqa.VQA,
+        "nlvr2": nlvr2.NLVR2,
     }
     if settings.encoder is None and settings.task.kind != "visual_tokenizer":
         raise ConfigError("encoder: not set (add the section, or a file of configs/model)")

@@ -347,7 +347,39 @@ class VQAConfig(Section):
     augment: AugmentConfig = AugmentConfig(min_crop=0.5, color_jitter=0.0)
 
 
-TaskConfig = Annotated[MaskedModelingConfig | VisualTokenizerTaskConfig | VQAConfig, Field(discriminator="kind")]
+class AnnotatedFilesConfig(Section):
+    """An annotation file of a split and its pictures."""
+
+    annotations: str
+    """the official file"""
+    images: str | list[str]
+    """folders of pictures by their official names"""
+
+
+class NLVR2Config(Section):
+    """Truth of sentences about pictures, on the files of NLVR2 or NLVR."""
+
+    kind: Literal["nlvr2"] = "nlvr2"
+    data_dir: str = "."
+    """folder that relative paths start from"""
+    train: AnnotatedFilesConfig
+    val: AnnotatedFilesConfig | None = None
+    test: AnnotatedFilesConfig | None = None
+    val_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.2
+    """share of the sentences of train that validate instead, drawn by seed, while val is not set"""
+    pictures: Literal["pair", "boxes", "whole"] = "pair"
+    """NLVR2's two pictures; of NLVR (v1) the three boxes of the drawn picture, or the whole"""
+    batch_size: PositiveInt = 256
+    """examples per optimizer step, over all ranks and accumulated parts"""
+    max_text_len: Annotated[int, Field(ge=3)] = 64
+    """tokens of a sentence, begin and end included; the rest is cut off"""
+    text_tokenizer: TextTokenizerConfig = BPEConfig()
+    augment: AugmentConfig = AugmentConfig(min_crop=0.5, color_jitter=0.0)
+
+
+TaskConfig = Annotated[
+    MaskedModelingConfig | VisualTokenizerTaskConfig | VQAConfig | NLVR2Config, Field(discriminator="kind")
+]
 
 
 # -------------------------------------------------------------------------------------------- engine

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from ..errors import CheckpointError
 
 _STD = 0.02
+_SMALL = 0.001
 
 
 class Pooler(nn.Module):
@@ -34,6 +35,29 @@ def answer_head(dim: int, num_answers: int, *, norm_eps: float) -> nn.Sequential
     """BEiT-3's VQA head: D -> 2D, LayerNorm, GELU, 2D -> answers."""
     norm = nn.LayerNorm(2 * dim, eps=norm_eps)
     return nn.Sequential(start(nn.Linear(dim, 2 * dim)), norm, nn.GELU(), start(nn.Linear(2 * dim, num_answers)))
+
+
+class StatementHead(nn.Module):
+    """BEiT-3's NLVR2 head: LayerNorm, linear to 2D, LayerNorm, GELU, linear to false and true (nearly 0 at the start).
+
+    Args:
+        dim: token width D.
+        num_features: features of width D that come in, concatenated.
+        norm_eps: epsilon of the LayerNorms.
+    """
+
+    def __init__(self, dim: int, num_features: int, *, norm_eps: float) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(num_features * dim, eps=norm_eps)
+        self.dense1 = start(nn.Linear(num_features * dim, 2 * dim))
+        self.norm2 = nn.LayerNorm(2 * dim, eps=norm_eps)
+        self.dense2 = start(nn.Linear(2 * dim, 2))
+        with torch.no_grad():
+            self.dense2.weight.mul_(_SMALL)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits ``(B, 2)`` of ``(B, num_features * D)``."""
+        return self.dense2(nn.functional.gelu(self.norm2(self.dense1(self.norm1(x)))))
 
 
 def start(linear: nn.Linear) -> nn.Linear:

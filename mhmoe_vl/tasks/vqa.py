@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import json
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from .. import distributed
 from ..data.annotated import Example, PictureFolders, held_out, require_pictures
 from ..data.loader import EvalBatches, StepDataset, eval_batches
-from ..data.text import TextTokenizer, create_text_tokenizer, pad
+from ..data.text import TextTokenizer
 from ..data.transforms import ImageTransform
 from ..data.vqa import Question, read_questions
 from ..errors import ConfigError, DataError
@@ -32,33 +32,10 @@ from ..models.heads import ClassList, Pooler, answer_head
 from .answers import AnswerVocabulary
 from .base import InputSpec, ModelOutput, Record, Task
 from .encoder_model import EncoderModel
+from .pair_batch import PairBatch, collate, listed, pair_tokenizer
 
 NUM_CANDIDATES = 5
 ANSWERS_FILE, SPLIT_FILE = "answers.json", "split.json"
-
-
-@dataclass(frozen=True)
-class VQABatch:
-    """Questions with their pictures.
-
-    Attributes:
-        images: ``(B, 3, H, W)`` uint8, after ``prepare`` normalised float.
-        text: ``(B, L)`` ids of the questions.
-        text_padding: ``(B, L)`` bool, True at padding.
-        targets: ``(B, A)`` what each listed answer would score; zeros where there are no annotations.
-        records: what is known of each question.
-        bad: questions left out, by reason.
-    """
-
-    images: Tensor
-    text: Tensor
-    text_padding: Tensor
-    targets: Tensor
-    records: list[Record]
-    bad: dict[str, int] = field(default_factory=dict)
-
-    def __len__(self) -> int:
-        return len(self.records)
 
 
 class VQAModel(EncoderModel):
@@ -76,7 +53,7 @@ class VQAModel(EncoderModel):
         self.head = answer_head(encoder.embed_dim, num_answers, norm_eps=encoder.norm_eps)
         self.answers = ClassList(sha256)
 
-    def forward(self, batch: VQABatch) -> ModelOutput:
+    def forward(self, batch: PairBatch) -> ModelOutput:
         """``logits (B, A)``."""
         features = self.encoder(batch.images, batch.text, text_padding=batch.text_padding, num_pairs=len(batch))
         return self.output({"logits": self.head(self.pooler(features.image))}, features)
@@ -120,15 +97,7 @@ class VQA(Task):
         self.files = {"train": train, "val": val, "test": test}
         self.val_images, self.answers, self.min_answer_count = val_images, answers, min_answer_count
         self.batch_size, self.max_question_len = batch_size, max_question_len
-        if set(inputs.modalities) != {"image", "text"}:
-            raise ConfigError(f"encoder.modalities: {list(inputs.modalities)} (questions need image and text)")
-        if max_question_len > inputs.max_text_len:
-            what = f"{max_question_len} with encoder.max_text_len {inputs.max_text_len}"
-            raise ConfigError(f"task.max_question_len: {what} (lower it)")
-        self.tokenizer = create_text_tokenizer(**text_tokenizer)
-        if self.tokenizer.vocab_size > inputs.vocab_size:
-            what = f"{inputs.vocab_size} rows for a tokenizer of {self.tokenizer.vocab_size} pieces"
-            raise ConfigError(f"encoder.vocab_size: {what} (set it to {self.tokenizer.vocab_size})")
+        self.tokenizer = pair_tokenizer(inputs, text_tokenizer, max_question_len, "max_question_len")
         self.augment = augment
         self.kept: Mapping[str, str] = {}
 
@@ -183,7 +152,7 @@ class VQA(Task):
         return vocabulary
 
     def _read(self, split: str) -> list[Example]:
-        files = {name: _listed(value) for name, value in self.files[split].items()}
+        files = {name: listed(value) for name, value in self.files[split].items()}
         if split != "test" and len(files["annotations"]) != len(files["questions"]):
             counts = f"{len(files['questions'])} questions, {len(files['annotations'])} annotations"
             raise ConfigError(f"task.{split}: files of {counts} (give one of each, in the same order)")
@@ -205,15 +174,15 @@ class VQA(Task):
         place = {"seed": self.seed, "rank": distributed.rank(), "world": distributed.world_size()}
         pictures = ImageTransform(self.inputs.img_size, train=split == "train", whole=True, **self.augment)
         examples = _Examples(pictures, self.tokenizer, self.max_question_len, self.vocabulary, split != "train")
-        collate = partial(
+        batches = partial(
             _collate, pad_id=self.tokenizer.pad_id, img_size=self.inputs.img_size, num_answers=len(self.vocabulary)
         )
         if split == "train":
             streams = {"questions": (self._learnable, self.batch_size, examples)}
-            return StepDataset(streams, partial(_collate_step, collate), accumulate=self.accumulate, **place)
+            return StepDataset(streams, partial(_collate_step, batches), accumulate=self.accumulate, **place)
         source = self._val if split == "val" else self._read(split)
         require_pictures(source)
-        return eval_batches(source, examples, self.batch_size, collate, **place)
+        return eval_batches(source, examples, self.batch_size, batches, **place)
 
     def recorded(self) -> dict[str, str]:
         """The list of answers with its hash, and which pictures validate."""
@@ -232,22 +201,21 @@ class VQA(Task):
     def model(self, encoder: Encoder) -> VQAModel:
         return VQAModel(encoder, num_answers=len(self.vocabulary), sha256=self.vocabulary.sha256)
 
-    def prepare(self, batch: VQABatch, device: torch.device) -> VQABatch:
+    def prepare(self, batch: PairBatch, device: torch.device) -> PairBatch:
         """``batch`` on ``device``, pictures in [-1, 1]."""
-        moved = {name: value.to(device) for name, value in vars(batch).items() if isinstance(value, Tensor)}
-        return replace(batch, **moved | {"images": moved["images"].float() / 127.5 - 1})
+        return batch.prepared(device)
 
-    def num_targets(self, batch: VQABatch) -> dict[str, int]:
+    def num_targets(self, batch: PairBatch) -> dict[str, int]:
         """Questions."""
         return {"answers": len(batch)}
 
-    def loss(self, output: ModelOutput, batch: VQABatch) -> dict[str, Tensor]:
+    def loss(self, output: ModelOutput, batch: PairBatch) -> dict[str, Tensor]:
         """Binary cross-entropy summed over answers and questions."""
         logits = output.values["logits"].float()
         return {"answers": F.binary_cross_entropy_with_logits(logits, batch.targets, reduction="sum")}
 
     # ------------------------------------------------------------------------------------ evaluation
-    def predict(self, model: nn.Module, batch: VQABatch) -> list[Record]:
+    def predict(self, model: nn.Module, batch: PairBatch) -> list[Record]:
         """Per question: the answer, and the best candidates with their scores."""
         scores = model(batch).values["logits"].float().sigmoid()
         best = scores.topk(min(NUM_CANDIDATES, scores.shape[1]))
@@ -299,7 +267,7 @@ class _Examples:
     def __call__(self, example: Example, rng: np.random.Generator) -> dict[str, Any]:
         question: Question = example.record
         return {
-            "image": self.pictures(example.picture(), rng),
+            "pictures": [self.pictures(example.picture(), rng)],
             "text": self.tokenizer.encode(question.question, self.max_len),
             "targets": self.vocabulary.targets(question.answers or ()),
             "record": _record(example) if self.evaluation else {"id": question.question_id},
@@ -319,24 +287,16 @@ def _record(example: Example) -> Record:
     }
 
 
-def _collate(examples: list[dict[str, Any]], *, pad_id: int, img_size: tuple[int, int], num_answers: int) -> VQABatch:
-    """A batch of examples, which may be none."""
-    images = torch.empty(len(examples), 3, *img_size, dtype=torch.uint8)
+def _collate(examples: list[dict[str, Any]], *, num_answers: int, **sizes: Any) -> PairBatch:
     targets = torch.zeros(len(examples), num_answers)
     for row, example in enumerate(examples):
-        images[row] = example["image"]
         for number, value in example["targets"].items():
             targets[row, number] = value
-    text, padding = pad([example["text"] for example in examples], pad_id)
-    return VQABatch(images, text, padding, targets, [example["record"] for example in examples])
+    return collate(examples, targets, num_pictures=1, **sizes)
 
 
-def _collate_step(collate: Any, streams: Mapping[str, list[dict[str, Any]]]) -> VQABatch:
-    return collate(streams["questions"])
-
-
-def _listed(value: str | Iterable[str] | None) -> list[str]:
-    return [] if value is None else [value] if isinstance(value, str) else list(value)
+def _collate_step(batches: Any, streams: Mapping[str, list[dict[str, Any]]]) -> PairBatch:
+    return batches(streams["questions"])
 
 
 def _both(files: Mapping[str, list[str]]) -> tuple[list[str], list[str]]:
