@@ -8,15 +8,14 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from ..data.records import TEXT, WHOLE, check, fields, items, read_json
-from ..data.vqa import read_annotations
-from ..errors import ConfigError, DataError, one_line
+from ..data.records import TEXT, WHOLE, fields, items, read_json
+from ..data.vqa import read_annotations, read_question_ids, require_same_questions
+from ..errors import ConfigError, one_line
 from ..metrics.coverage import coverage_problems
 from ..metrics.vqa_accuracy import VQAScores, score_vqa
 from . import submission
 
 PREDICTION = fields({"question_id": WHOLE, "answer": TEXT})
-QUESTIONS = fields({"questions": items(fields({"question_id": WHOLE}), unique="question_id")})
 NUM_ANNOTATORS = 10
 
 
@@ -55,15 +54,9 @@ def read_split(questions: Path | None, path: Path | None, annotations: list[dict
     annotated = [annotation["question_id"] for annotation in annotations or []]
     if questions is None:
         return annotated
-    value = read_json(questions)
-    check(questions, value, QUESTIONS)
-    split = [question["question_id"] for question in value["questions"]]
-    if not split:
-        raise DataError(f"{questions}: questions: none (give the questions of a split)")
-    if annotations is not None and set(split) != set(annotated):
-        unanswered, unasked = len(set(split) - set(annotated)), len(set(annotated) - set(split))
-        what = f"{unanswered} questions of {questions} without annotation, {unasked} annotations without question"
-        raise DataError(f"{path}: {what} (give the files of one split)")
+    split = read_question_ids(questions)
+    if path is not None:
+        require_same_questions(questions, split, path, annotated)
     return split
 
 

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import os
 import random
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from ..errors import DataError, one_line
+from .records import TEXT, leaf
 from .sample import IMAGE_EXTENSIONS, MAX_MEMBER_BYTES, BadSample
 
+SOME_TEXT = leaf("a text that is not empty", lambda value: not TEXT(value) and bool(value.strip()))
 SHOWN = 3
+"""How many missing pictures a message names."""
 
 
 @dataclass(frozen=True)
@@ -50,35 +54,62 @@ class PictureFolders:
     """The pictures in some folders and in the folders right below them, by file name.
 
     Args:
-        folders: searched in this order.
+        folders: searched in this order; at least one.
 
     Raises:
-        DataError: a folder is missing, or there is no picture in any.
+        DataError: a folder is missing, or there is no picture in it.
     """
 
     def __init__(self, folders: Sequence[Path]) -> None:
+        if not folders:
+            raise DataError("no folder of pictures (name at least one)")
         self.first, self._places = Path(folders[0]), {}
         for folder in folders:
-            try:
-                inside = sorted(entry.path for entry in os.scandir(folder) if entry.is_dir())
-                for place in (folder, *inside):
-                    for entry in os.scandir(place):
-                        if entry.name.rpartition(".")[2].lower() in IMAGE_EXTENSIONS:
-                            self._places.setdefault(entry.name, Path(entry.path))
-            except OSError as error:
-                raise DataError(f"{error.filename}: {error.strerror} (name a folder of pictures)") from error
-        if not self._places:
-            raise DataError(f"{self.first}: no picture in it (name a folder of pictures)")
+            found = list(_pictures_in(Path(folder)))
+            if not found:
+                raise DataError(f"{folder}: no picture in it (name a folder of pictures)")
+            for path in found:
+                self._places.setdefault(path.name, path)
 
     def find(self, *names: str) -> Path:
         """Where the first of the names is that exists; where it would be when none does."""
         return next((self._places[name] for name in names if name in self._places), self.first / names[0])
 
+    def find_ending(self, ending: str) -> Path:
+        """The picture named ``<split>-<ending>``; a path that does not exist when there is none.
+
+        Raises:
+            DataError: pictures of two splits end so.
+        """
+        names = self._by_ending.get(ending, [f"*-{ending}"])
+        if len(names) > 1:
+            raise DataError(f"{self.first}: {names[0]} and {names[1]} end alike (name the folder of one split)")
+        return self.find(names[0])
+
+    @cached_property
+    def _by_ending(self) -> dict[str, list[str]]:
+        found: dict[str, list[str]] = {}
+        for name in sorted(self._places):
+            found.setdefault(name.partition("-")[2], []).append(name)
+        return found
+
+
+def _pictures_in(folder: Path) -> Iterator[Path]:
+    """The pictures of a folder, then those of the folders right below it; nothing hidden."""
+    try:
+        entries = [entry for entry in os.scandir(folder) if not entry.name.startswith(".")]
+        inside = sorted(entry.path for entry in entries if entry.is_dir())
+        for entry in [*entries, *(entry for place in inside for entry in os.scandir(place))]:
+            if entry.name.rpartition(".")[2].lower() in IMAGE_EXTENSIONS and not entry.name.startswith("."):
+                yield Path(entry.path)
+    except OSError as error:
+        raise DataError(f"{error.filename}: {error.strerror} (name a folder of pictures)") from error
+
 
 def missing_pictures(examples: Iterable[Example]) -> list[Path]:
     """The pictures that are not there, each once."""
     wanted = dict.fromkeys(path for example in examples for path in example.pictures)
-    return [path for path in wanted if not path.is_file()]
+    return [path for path in wanted if not os.path.isfile(path)]
 
 
 def require_pictures(examples: Sequence[Example]) -> None:

@@ -5,6 +5,7 @@ Those of NLVR (version 1) too, whose sentences are about one drawn picture.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -108,7 +109,7 @@ def _pictures(path: Path, identifiers: list[str], folders: PictureFolders) -> di
 
 def _pair_problems(left: Path, right: Path) -> list[str]:
     """What links in a folder can do to a pair."""
-    if not (left.is_file() and right.is_file()):
+    if not (os.path.isfile(left) and os.path.isfile(right)):
         return []
     if left.samefile(right):
         return [f"the pictures {left.name} and {right.name} are one file"]

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..errors import DataError
-from .annotated import Example, PictureFolders
+from .annotated import SOME_TEXT, Example, PictureFolders
 from .records import TEXT, WHOLE, BadRecords, Check, check, fields, items, leaf, read_json
 
 ANNOTATION: Mapping[str, Check] = {
@@ -17,14 +18,8 @@ ANNOTATION: Mapping[str, Check] = {
     "answer_type": TEXT,
     "answers": items(fields({"answer": TEXT})),
 }
-SOME_TEXT = leaf("a text that is not empty", lambda value: isinstance(value, str) and bool(value.strip()))
-QUESTIONS = fields(
-    {
-        "questions": items(
-            fields({"question_id": WHOLE, "image_id": WHOLE, "question": SOME_TEXT}), unique="question_id"
-        )
-    },
-    {"data_subtype": TEXT},
+SUBTYPE = leaf(
+    "a name such as train2014", lambda value: isinstance(value, str) and bool(re.fullmatch(r"[\w-]+", value, re.ASCII))
 )
 
 
@@ -61,47 +56,83 @@ def read_annotations(path: Path, more: Mapping[str, Check] | None = None) -> lis
     return annotations
 
 
+def read_question_ids(path: Path) -> list[int]:
+    """The ids in an official file of questions.
+
+    Raises:
+        DataError: it is not one, a question stands twice, or there are no questions.
+    """
+    return [entry["question_id"] for entry in _read_entries(path, {})["questions"]]
+
+
+def require_same_questions(
+    questions: Path, asked: Collection[int], annotations: Path, answered: Collection[int]
+) -> None:
+    """Refuse questions and annotations of different splits.
+
+    Args:
+        questions: file that the questions came from.
+        asked: their ids.
+        annotations: file that the annotations came from.
+        answered: ids of the questions that they are about.
+
+    Raises:
+        DataError: the ids are not the same.
+    """
+    unanswered, unasked = len(set(asked) - set(answered)), len(set(answered) - set(asked))
+    if unanswered or unasked:
+        what = f"{unanswered} questions of {questions} without annotation, {unasked} annotations without question"
+        raise DataError(f"{annotations}: {what} (give the files of one split)")
+
+
 def read_questions(questions: Path, annotations: Path | None, folders: PictureFolders) -> list[Example]:
     """The questions of a split, each with its picture; ``record`` is a :class:`Question`.
 
-    Pictures are ``COCO_<data_subtype>_<image id, 12 digits>.jpg``, or the digits alone.
+    Pictures are ``COCO_<data_subtype>_<image id, 12 digits>.jpg``, or the digits alone; those of ``test-dev2015`` are
+    among those of ``test2015``.
 
     Raises:
         DataError: a file is not an official one, or the two are not about the same questions and pictures.
     """
-    value = read_json(questions)
-    check(questions, value, QUESTIONS)
-    if not value["questions"]:
-        raise DataError(f"{questions}: questions: none (give the questions of a split)")
-    answered = None if annotations is None else _by_question(annotations)
-    if answered is not None:
-        _require_same(questions, value["questions"], annotations, answered)
-    prefix = f"COCO_{value.get('data_subtype', '')}_"
+    value = _read_entries(questions, {"image_id": WHOLE, "question": SOME_TEXT})
+    entries = value["questions"]
+    answered = {} if annotations is None else _answered(questions, entries, annotations)
+    places = _pictures({entry["image_id"] for entry in entries}, value.get("data_subtype", ""), folders)
     found = []
-    for entry in value["questions"]:
-        name = f"{entry['image_id']:012d}.jpg"
-        record = _question(entry, answered and answered[entry["question_id"]])
-        found.append(Example(str(record.question_id), record, (folders.find(prefix + name, name),), str(questions)))
+    for entry in entries:
+        record = _question(entry, answered.get(entry["question_id"]))
+        found.append(Example(str(record.question_id), record, places[record.image_id], str(questions)))
     return found
 
 
-def _by_question(path: Path) -> dict[int, dict[str, Any]]:
+def _read_entries(path: Path, more: Mapping[str, Check]) -> dict[str, Any]:
+    """A file of questions, each of them with its id and ``more``."""
+    value = read_json(path)
+    entries = items(fields({"question_id": WHOLE, **more}), unique="question_id")
+    check(path, value, fields({"questions": entries}, {"data_subtype": SUBTYPE}))
+    if not value["questions"]:
+        raise DataError(f"{path}: questions: none (give the questions of a split)")
+    return value
+
+
+def _answered(questions: Path, entries: list[dict[str, Any]], path: Path) -> dict[int, dict[str, Any]]:
+    """The annotations of these questions, by question id."""
     annotations = read_annotations(path, {"image_id": WHOLE, "multiple_choice_answer": TEXT})
-    return {annotation["question_id"]: annotation for annotation in annotations}
-
-
-def _require_same(
-    questions: Path, entries: list[dict[str, Any]], annotations: Path, answered: Mapping[int, dict[str, Any]]
-) -> None:
+    answered = {annotation["question_id"]: annotation for annotation in annotations}
     asked = {entry["question_id"]: entry["image_id"] for entry in entries}
-    if asked.keys() != answered.keys():
-        unanswered, unasked = len(asked.keys() - answered.keys()), len(answered.keys() - asked.keys())
-        what = f"{unanswered} questions of {questions} without annotation, {unasked} annotations without question"
-        raise DataError(f"{annotations}: {what} (give the files of one split)")
+    require_same_questions(questions, asked, path, answered)
     other = [number for number, image in asked.items() if answered[number]["image_id"] != image]
     if other:
         what = f"{len(other)} questions about another image_id than in {questions}, first {other[0]}"
-        raise DataError(f"{annotations}: {what} (give the files of one split)")
+        raise DataError(f"{path}: {what} (give the files of one split)")
+    return answered
+
+
+def _pictures(image_ids: Collection[int], subtype: str, folders: PictureFolders) -> dict[int, tuple[Path, ...]]:
+    """By image id, once for all questions about it."""
+    prefix = f"COCO_{subtype.replace('-dev', '')}_"
+    names = {image_id: f"{image_id:012d}.jpg" for image_id in image_ids}
+    return {image_id: (folders.find(prefix + name, name),) for image_id, name in names.items()}
 
 
 def _question(entry: dict[str, Any], annotation: dict[str, Any] | None) -> Question:

@@ -25,7 +25,7 @@ from ..data.nlvr2 import Statement, read_statements
 from ..data.text import TextTokenizer
 from ..data.transforms import Box, ImageTransform
 from ..errors import DataError
-from ..metrics.nlvr2 import score_nlvr2, to_csv
+from ..metrics.nlvr2 import score_nlvr2, sentence_key, to_csv
 from ..models.encoder import Encoder
 from ..models.heads import StatementHead
 from .base import InputSpec, ModelOutput, Record, Task
@@ -123,16 +123,16 @@ class NLVR2(Task):
             return set()
         if SPLIT_FILE in self.kept:
             return set(json.loads(self.kept[SPLIT_FILE])["validation_sentences"])
-        return held_out((e.record.group for e in self._given), seed=self.seed, fraction=self.val_fraction)
+        return held_out((sentence_key(e.key) for e in self._given), seed=self.seed, fraction=self.val_fraction)
 
     @cached_property
     def _train(self) -> list[Example]:
-        return [e for e in self._given if e.record.group not in self._val_sentences]
+        return [e for e in self._given if sentence_key(e.key) not in self._val_sentences]
 
     @cached_property
     def _val(self) -> list[Example]:
         own = self.files["val"] is not None
-        found = self._read("val") if own else [e for e in self._given if e.record.group in self._val_sentences]
+        found = self._read("val") if own else [e for e in self._given if sentence_key(e.key) in self._val_sentences]
         require_pictures(found)
         return found
 

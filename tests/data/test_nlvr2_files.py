@@ -35,25 +35,23 @@ def test_pairs(read, tmp_path):
     first, second, third = read(LINES)
     assert first.pictures == (tmp_path / "dev-850-0-img0.png", tmp_path / "12/dev-850-0-img1.png")
     assert [e.record.label for e in (first, second, third)] == [True, False, False]
-    assert [e.record.group for e in (first, second, third)] == ["dev-850-0", "dev-850-1", "dev-850-0"]
     assert len(missing_pictures([first, second, third])) == 2  # the pair 850-1
 
 
 def test_drawn_pictures(read, tmp_path):
     [found] = read([{"identifier": "3-1", "sentence": "x", "label": "true"}])
     assert found.pictures == (tmp_path / "dev-3-1-0.png",)
-    assert found.record.group == "3"
 
 
 @pytest.mark.parametrize(
     ("line", "change", "message"),
     [
-        (1, {"sentence": " "}, r'line 2: sentence: need a sentence that is not empty, got " "'),
+        (1, {"sentence": " "}, r'line 2: sentence: need a text that is not empty, got " "'),
         (1, {"identifier": "dev-850-0"}, "line 2: identifier: need an identifier such as"),
         (1, {"identifier": "dev-850-0-0"}, "line 2: identifier: .* stands already at line 1"),
         (2, {"label": "maybe"}, r'line 3: label: need True or False, got "maybe"'),
         (2, {"label": None}, "line 3: label: need True or False, got null"),
-        (2, {"identifier": "7-1"}, "identifiers of NLVR2 and of NLVR in one file"),
+        (2, {"identifier": "7-1"}, "keep NLVR and NLVR2 in files of their own"),
         (0, {"identifier": None}, "line 1: identifier: need an identifier"),
     ],
 )
