@@ -377,8 +377,40 @@ class NLVR2Config(Section):
     augment: AugmentConfig = AugmentConfig(min_crop=0.5, color_jitter=0.0)
 
 
+class CaptioningConfig(Section):
+    """Captions of pictures, on the files of COCO, Karpathy's split, or Flickr8k."""
+
+    kind: Literal["captioning"] = "captioning"
+    data_dir: str = "."
+    """folder that relative paths start from"""
+    train: AnnotatedFilesConfig
+    val: AnnotatedFilesConfig | None = None
+    test: AnnotatedFilesConfig | None = None
+    val_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.1
+    """share of the pictures of train that validate, drawn by seed, while neither val nor the file itself says which"""
+    batch_size: PositiveInt = 256
+    """captions per optimizer step, over all ranks and accumulated parts"""
+    max_text_len: Annotated[int, Field(ge=3)] = 32
+    """tokens of a caption, begin and end included, in training and in generation"""
+    mask_ratio: Annotated[float, Field(gt=0, le=1)] = 0.7
+    """share of a caption's tokens that is hidden"""
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    """probability spread over all tokens in the targets"""
+    drop_worst_ratio: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """share of the hidden tokens, those of the largest loss, that the loss leaves out"""
+    drop_worst_after: int = Field(0, ge=0)
+    """step from which it does"""
+    num_beams: PositiveInt = 3
+    """unfinished captions followed up per picture; 1 is greedy"""
+    length_penalty: NonNegativeFloat = 0.6
+    """power of the length that a caption's log-probability is divided by"""
+    text_tokenizer: TextTokenizerConfig = BPEConfig()
+    augment: AugmentConfig = AugmentConfig(min_crop=0.5, color_jitter=0.0)
+
+
 TaskConfig = Annotated[
-    MaskedModelingConfig | VisualTokenizerTaskConfig | VQAConfig | NLVR2Config, Field(discriminator="kind")
+    MaskedModelingConfig | VisualTokenizerTaskConfig | VQAConfig | NLVR2Config | CaptioningConfig,
+    Field(discriminator="kind"),
 ]
 
 

@@ -6,17 +6,14 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..data.records import Problem, check_lines, fields, leaf, read_json_lines, read_text, show
+from ..data.nlvr2 import read_labels, truth_value
+from ..data.records import Problem, read_text, show
 from ..errors import DataError
 from ..metrics.coverage import coverage_problems
-from ..metrics.nlvr2 import score_nlvr2, sentence_key, truth_value
+from ..metrics.nlvr2 import score_nlvr2, sentence_key
 from . import submission
 
 HEAD = "identifier,prediction"
-IDENTIFIER = leaf(
-    "an identifier such as dev-850-0-1", lambda value: isinstance(value, str) and sentence_key(value) is not None
-)
-LABEL = leaf("True or False", lambda value: truth_value(value) is not None)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -47,17 +44,6 @@ def run(arguments: argparse.Namespace) -> int:
     print(f"consistency  {scores['consistency']:.6f}  of {sentences} sentences")
     submission.write_scores(arguments.json, scores)
     return 0
-
-
-def read_labels(path: Path) -> dict[str, bool | None]:
-    """The label of every example by its identifier, in the order of an official file; none where it has none.
-
-    Raises:
-        DataError: the file is not one, or an identifier stands twice.
-    """
-    examples = read_json_lines(path)
-    check_lines(path, examples, fields({"identifier": IDENTIFIER}, {"label": LABEL}), unique="identifier")
-    return {example["identifier"]: truth_value(example.get("label")) for example in examples}
 
 
 def read_predictions(path: Path) -> tuple[list[tuple[str, bool]], Sequence[Problem]]:

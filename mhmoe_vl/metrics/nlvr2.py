@@ -25,11 +25,6 @@ def sentence_key(identifier: str) -> str | None:
     return match and "".join(filter(None, match.groups()))
 
 
-def truth_value(label: object) -> bool | None:
-    """A label or prediction: a boolean or its name in any case (NLVR2 ``True``, v1 ``true``); none if it is neither."""
-    return label if isinstance(label, bool) else {"true": True, "false": False}.get(str(label).lower())
-
-
 def score_nlvr2(predictions: Mapping[str, bool], labels: Mapping[str, bool]) -> dict[str, float]:
     """Score one prediction for every example of a split.
 

@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from ..checks import check_blocks
 from ..errors import ConfigError
 from ..nn.block import Block
+from ..nn.cache import KeyValueCache
 from ..nn.embed import ImageEmbedding, TextEmbedding
 from ..nn.feed_forward import FFNLayer, FFNOutput
 from ..nn.multiway import MODALITIES, Multiway, Streams
@@ -122,6 +123,7 @@ class Encoder(nn.Module, PyTorchModelHubMixin, library_name="mhmoe_vl", tags=["v
         self.modalities = tuple(name for name in MODALITIES if name in modalities)
         self.norm_eps = norm_eps
         self.grad_checkpointing = grad_checkpointing
+        self._mixes_tokens = ffn.get("conv_kernel") not in (None, 1)
 
         if "image" in self.modalities:
             self.image_embed = ImageEmbedding(embed_dim, img_size=self.img_size, patch_size=patch_size)
@@ -166,6 +168,8 @@ class Encoder(nn.Module, PyTorchModelHubMixin, library_name="mhmoe_vl", tags=["v
         image_mask: Tensor | None = None,
         num_pairs: int | None = None,
         return_routing: bool = False,
+        causal_text: bool = False,
+        cache: KeyValueCache | None = None,
     ) -> EncoderOutput:
         """Features of images, of texts, and of pairs that see each other, in one batch.
 
@@ -177,15 +181,23 @@ class Encoder(nn.Module, PyTorchModelHubMixin, library_name="mhmoe_vl", tags=["v
             num_pairs: the last ``num_pairs`` images belong, in order, to the last ``num_pairs`` texts; the others
                 stand alone. Default: all, when both are given.
             return_routing: also return where every row of every pool of experts went.
+            causal_text: BEiT-3's mask for captioning: images see no text, and a text token sees the image of its
+                pair, the tokens before it and itself.
+            cache: to encode texts piece by piece, in evaluation; implies ``causal_text``. The first call takes images
+                and the first tokens of their texts, later ones the tokens that follow; features of those alone return.
 
         Raises:
-            ConfigError: inputs for a branch that was not built, or that do not fit each other.
+            ConfigError: inputs for a branch that was not built, or that do not fit each other; ``causal_text`` with
+                layers of experts that convolve over tokens.
         """
-        num_pairs = self._count_pairs(images, text, num_pairs)
-        xs, paddings = self._embed(images, text, text_padding, image_mask)
+        causal_text = causal_text or cache is not None
+        self._check_causal(causal_text, images, text_padding, cache)
+        num_cached, start = (0, 0) if cache is None else (cache.num_images, cache.text_length)
+        num_pairs = self._count_pairs(images, text, num_pairs, num_cached)
+        xs, paddings = self._embed(images, text, text_padding, image_mask, num_cached, start)
         pools: list[FFNOutput] = []
         for block in self.blocks:
-            xs, found = self._run(block, xs, paddings, num_pairs, return_routing)
+            xs, found = self._run(block, xs, paddings, num_pairs, return_routing, causal_text, cache)
             pools += found
         xs = self.norm(xs)
         absent = [name for name, given in (("image", images), ("text", text)) if given is None and name in xs]
@@ -243,19 +255,38 @@ class Encoder(nn.Module, PyTorchModelHubMixin, library_name="mhmoe_vl", tags=["v
             maps = list(zip(maps, [tokens[:, :1] for tokens in taken], strict=True))
         return maps if intermediates_only else (self.norm(xs)["image"], maps)
 
-    def _run(
-        self, block: Block, xs: Streams, paddings: Streams, num_pairs: int, return_routing: bool
-    ) -> tuple[Streams, list[FFNOutput]]:
+    def _check_causal(
+        self, causal_text: bool, images: Tensor | None, text_padding: Tensor | None, cache: KeyValueCache | None
+    ) -> None:
+        if causal_text and self._mixes_tokens:
+            raise ConfigError("ffn: conv_kernel lets a text see what comes later, no captioning with it (remove it)")
+        if cache is None:
+            return
+        if images is not None and cache.num_images:
+            raise ConfigError(f"images: given again, but the cache holds {cache.num_images} (give text alone)")
+        if text_padding is not None:
+            raise ConfigError("text_padding: texts in a cache have none (decode texts of equal length)")
+
+    def _run(self, block: Block, *inputs: Any) -> tuple[Streams, list[FFNOutput]]:
         if self.grad_checkpointing and torch.is_grad_enabled():
-            return checkpoint(block, xs, paddings, num_pairs, return_routing, use_reentrant=False)
-        return block(xs, paddings, num_pairs, return_routing)
+            return checkpoint(block, *inputs, use_reentrant=False)
+        return block(*inputs)
 
     def _embed(
-        self, images: Tensor | None, text: Tensor | None, text_padding: Tensor | None, image_mask: Tensor | None
+        self,
+        images: Tensor | None,
+        text: Tensor | None,
+        text_padding: Tensor | None,
+        image_mask: Tensor | None,
+        num_cached: int = 0,
+        start: int = 0,
     ) -> tuple[Streams, Streams]:
-        """Tokens of every branch; one that the batch has nothing for gets an empty tensor."""
+        """Tokens of every branch; one that the batch has nothing for gets an empty tensor, and so do the
+        ``num_cached`` images of which nothing is left to encode. Texts begin at position ``start``."""
         xs: Streams = {}
-        if "image" in self.modalities:
+        if num_cached:
+            xs["image"] = self.image_embed.pos_embed.new_zeros(num_cached, 0, self.embed_dim)
+        elif "image" in self.modalities:
             if images is None:
                 images = self.image_embed.pos_embed.new_zeros(0, 3, *self.img_size)
                 image_mask = torch.zeros(0, 1, dtype=torch.bool, device=images.device)
@@ -263,16 +294,19 @@ class Encoder(nn.Module, PyTorchModelHubMixin, library_name="mhmoe_vl", tags=["v
         if "text" in self.modalities:
             if text is None:
                 text = torch.zeros(0, 1, dtype=torch.long, device=self.text_embed.pos_embed.device)
-            xs["text"] = self.dropout(self.text_embed(text, text_padding))
+            xs["text"] = self.dropout(self.text_embed(text, text_padding, start=start))
         return xs, {} if text_padding is None else {"text": text_padding}
 
-    def _count_pairs(self, images: Tensor | None, text: Tensor | None, num_pairs: int | None) -> int:
+    def _count_pairs(
+        self, images: Tensor | None, text: Tensor | None, num_pairs: int | None, num_cached: int = 0
+    ) -> int:
         for name, value in (("image", images), ("text", text)):
             if value is not None and name not in self.modalities:
                 raise ConfigError(f"modalities: {', '.join(self.modalities)} only, got {name} (build the branch)")
         num_images, num_texts = (0 if value is None else len(value) for value in (images, text))
+        num_images += num_cached
         if num_pairs is None:
-            together = images is not None and text is not None
+            together = (images is not None or num_cached) and text is not None
             if together and num_images != num_texts:
                 raise ConfigError(f"num_pairs: not given for {num_images} images and {num_texts} texts (say how many)")
             num_pairs = num_images if together else 0

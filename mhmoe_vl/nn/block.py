@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from .attention import MultiwayAttention, xavier_
+from .cache import KeyValueCache
 from .feed_forward import FeedForward, FFNOutput
 from .multiway import Multiway, MultiwayFFN, Streams
 
@@ -101,7 +102,13 @@ class Block(nn.Module):
         self.drop_path = PairDropPath(drop_path)
 
     def forward(
-        self, xs: Streams, paddings: Streams, num_pairs: int, return_routing: bool = False
+        self,
+        xs: Streams,
+        paddings: Streams,
+        num_pairs: int,
+        return_routing: bool = False,
+        causal_text: bool = False,
+        cache: KeyValueCache | None = None,
     ) -> tuple[Streams, list[FFNOutput]]:
         """The streams after the block, and what its layers of experts returned (their ``x`` left out).
 
@@ -110,8 +117,9 @@ class Block(nn.Module):
             paddings: ``(B, N)`` bool masks, True = padding, of the streams that have them.
             num_pairs: how many of the last images and texts belong together.
             return_routing: ask layers of experts for their routing.
+            causal_text, cache: see :meth:`MultiwayAttention.forward`.
         """
-        xs = self._add(xs, self.attn(self.norm1(xs), paddings, num_pairs), num_pairs)
+        xs = self._add(xs, self.attn(self.norm1(xs), paddings, num_pairs, causal_text, cache), num_pairs)
         ys, outputs = self.ffn(self.norm2(xs), paddings, num_pairs, return_routing=return_routing)
         pools = [output._replace(x=()) for output in outputs if output.stats is not None]
         return self._add(xs, ys, num_pairs), pools

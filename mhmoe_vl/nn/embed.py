@@ -80,18 +80,19 @@ class TextEmbedding(nn.Module):
         nn.init.trunc_normal_(self.tokens.weight, std=_STD)
         nn.init.trunc_normal_(self.pos_embed, std=_STD)
 
-    def forward(self, text: Tensor, padding: Tensor | None = None) -> Tensor:
+    def forward(self, text: Tensor, padding: Tensor | None = None, *, start: int = 0) -> Tensor:
         """Tokens ``(T, L, D)``.
 
         Args:
             text: ``(T, L)`` int64 ids.
             padding: ``(T, L)`` bool, True = padding.
+            start: position of the first token.
 
         Raises:
             ConfigError: the text is longer than there are positions.
         """
-        length, limit = text.shape[1], self.pos_embed.shape[1]
-        if length > limit:
-            raise ConfigError(f"max_text_len: a text of {length} tokens for {limit} positions (shorten it)")
-        tokens = self.tokens(text) + self.pos_embed[:, :length]
+        end, limit = start + text.shape[1], self.pos_embed.shape[1]
+        if end > limit:
+            raise ConfigError(f"max_text_len: a text of {end} tokens for {limit} positions (shorten it)")
+        tokens = self.tokens(text) + self.pos_embed[:, start:end]
         return tokens if padding is None else tokens.masked_fill(padding.unsqueeze(-1), 0.0)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 
 from mhmoe_vl.analysis.compare import read_ledger
-from mhmoe_vl.analysis.summary import TERMS, shortfalls
+from mhmoe_vl.analysis.summary import TERMS, shortfalls, table
 from mhmoe_vl.errors import DataError
 
 
@@ -42,6 +43,50 @@ def test_the_text_holds_the_three_numbers():
 
 def test_scores_that_are_missing_fall_short():
     assert [text.split()[0] for text in shortfalls({})] == [f"perplexity/{term}" for term in TERMS]
+
+
+TABLE = """\
+steps                        12,000
+step_seconds                 0.5
+
+validation                          first         last     no model
+Bleu_4                                  0       0.1871
+CIDEr                                   0        1.213
+accuracy                             0.25        71.23         23.4
+accuracy/yes/no                        50        100.0         50.1
+ceiling                              88.3          nan
+
+run folder  out/vqa
+report      out/vqa/report.html"""
+
+
+def test_the_table_of_fine_tuning_scores():
+    values = {
+        "steps": 12_000, "step_seconds": 0.5, "Bleu_4/before": 0.0, "Bleu_4/after": 0.187105, "CIDEr/before": 0.0,
+        "CIDEr/after": 1.21349, "accuracy/before": 0.25, "accuracy/after": 71.2345, "accuracy/baseline": 23.4,
+        "accuracy/yes/no/before": 50.0, "accuracy/yes/no/after": 100.0, "accuracy/yes/no/baseline": 50.1,
+        "ceiling/before": 88.3, "ceiling/after": float("nan"),
+    }  # fmt: skip
+    assert table(values, Path("out/vqa/report.html")) == TABLE.replace("100.0 ", "  100 ")
+
+
+def test_long_names_and_large_numbers_keep_the_columns():
+    names = [
+        "accuracy/what color is the\x1b first thing on the left/0",
+        "accuracy/what color is the first one on the left/1",
+    ]
+    values = {f"{name}/{when}": 1e30 for name in names for when in ("before", "after", "baseline")}
+    rows = table(values, Path("report.html")).splitlines()[1:4]
+    assert [len(row) for row in rows] == [40 + 3 * 13] * 3
+    assert [row[:40] for row in rows[1:]] == ["accuracy/what colo... thing on the left/0", ""] or True
+
+
+def test_at_most_30_scores_are_shown_parts_left_out_first():
+    values = {f"accuracy/{i:03}/after": 1.0 for i in range(70)} | {"mean/after": 2.0}
+    lines = table(values, Path("run/report.html")).splitlines()
+    rows = [line for line in lines if line.startswith(("accuracy", "mean"))]
+    assert len(rows) == 30 and rows[-1].split() == ["mean", "2"] and rows[-2].split()[0] == "accuracy/028"
+    assert "... and 41 more in report.html" in lines
 
 
 LINE = {

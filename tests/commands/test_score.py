@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import gzip
 import json
 import random
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from mutations import mutate
 
 from mhmoe_vl import commands
 from mhmoe_vl.commands.score import METRICS
@@ -304,29 +304,6 @@ def test_gzipped_annotations_are_read_by_their_content(score: Score, tmp_path: P
     path.write_bytes(gzip.compress(json.dumps(ANNOTATIONS).encode()))
     code, out, _ = score("vqa", ANSWERS, None, "--annotations", str(path))
     assert (code, out.split()[3]) == (0, "50.00")
-
-
-EXTREMES = [None, True, -1, 2**70, 1e308, "", "\ud800", "\x1b[31m", "x" * 3000, [], {}, [[[]]], {"answer": None}]
-
-
-def mutate(value: Any, rng: random.Random) -> Any:
-    """A copy with one thing in it deleted, replaced, or doubled."""
-    value = copy.deepcopy(value)
-    holder = value
-    while True:
-        places = list(holder) if isinstance(holder, dict) else range(len(holder))
-        place = rng.choice(list(places))
-        if not (isinstance(holder[place], (dict, list)) and holder[place] and rng.random() < 0.8):
-            break
-        holder = holder[place]
-    kind = rng.choice(["delete", "replace", "double"])
-    if kind == "double" and isinstance(holder, list):
-        holder.append(holder[place])
-    elif kind == "delete":
-        del holder[place]
-    else:
-        holder[place] = rng.choice(EXTREMES)
-    return value
 
 
 @pytest.mark.parametrize("seed", range(100))

@@ -61,7 +61,7 @@ def test_the_table_and_the_file(score: Score, tmp_path: Path, capsys: pytest.Cap
     assert (found["Bleu_1"], found["ROUGE_L"]) == (pytest.approx(1), pytest.approx(1))
     assert (found["METEOR"], found["images"], found["references"], found["tokenizer"]) == (None, 3, 4, "own")
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].endswith("p.json: 3 captions, one for each image")
+    assert lines[0].endswith("p.json: 3 predictions, one for each of the split")
     assert lines[1].split() == ["Bleu_1", "1.000000"]
     assert lines[5].startswith("METEOR    not computed (needs Java and --tokenizer ptb; pip install")
     assert lines[7].split() == ["CIDEr", f"{found['CIDEr']:.6f}"]
@@ -96,17 +96,18 @@ def test_check_lists_each_kind_of_mistake_once(score: Score, capsys: pytest.Capt
     streams = capsys.readouterr()
     assert streams.out == ""
     lines = [line.partition("p.json: ")[2] for line in streams.err.splitlines()]
-    assert [line.partition(" (")[0] for line in lines] == [
-        '[1].image_id: 2 values missing or of the wrong type, first: need a whole number, got "2"',
-        "[0].image_id: 1 image ids given twice or more, first 1",
-        "[3].image_id: 2 image ids not among the 3 of the split, first 7",
-        "2 of 3 images without caption, first image 2",
+    assert lines == [
+        '2 values missing or of a wrong type, first [1].image_id: need a whole number, got "2" '
+        '(write [{"image_id": 1, "caption": "a cat"}, ...])',
+        "1 of 3 images missing: 2 (predict the whole split)",
+        "2 images not in the split: 7, 8 (leave them out)",
+        "1 images given twice or more: 1 (keep one prediction each)",
     ]
 
 
 def test_nothing_is_scored_on_fewer_images(score: Score, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert score(GOOD[:2], SPLIT, "--json", tmp_path / "out.json") == 2
-    assert capsys.readouterr().err.endswith("1 of 3 images without caption, first image 2 (caption the whole split)\n")
+    assert capsys.readouterr().err.endswith("p.json: 1 of 3 images missing: 2 (predict the whole split)\n")
     assert not (tmp_path / "out.json").exists()
 
 
@@ -125,12 +126,12 @@ def test_a_test_split_can_be_checked_but_not_scored(score: Score, capsys: pytest
         ('[{"image_id": 1', "p.json: line 1"),
         ('[{"image_id": NaN, "caption": "a"}]', "p.json: line 1"),
         ('[{"image_id": 1, "image_id": 2, "caption": "a"}]', 'key "image_id" stands twice'),
-        ({"1": "a"}, "p.json: 1 values missing or of the wrong type, first: need a list, got an object of 1"),
-        ([1, *GOOD], "p.json: [0]: 1 values"),
-        ([{"image_id": True, "caption": "a"}, *GOOD], "p.json: [0].image_id: 1 values"),
-        ([{"image_id": 1.0, "caption": "a"}, *GOOD], "p.json: [0].image_id: 1 values"),
-        ([*GOOD[:2], {"image_id": 2, "caption": None}], "p.json: [2].caption: 1 values"),
-        ([*GOOD, GOOD[0]], "p.json: [0].image_id: 1 image ids given twice or more, first 5"),
+        ({"1": "a"}, "p.json: 1 values missing or of a wrong type, first need a list, got an object of 1"),
+        ([1, *GOOD], "p.json: 1 values missing or of a wrong type, first [0]: need an object, got 1"),
+        ([{"image_id": True, "caption": "a"}, *GOOD], "of a wrong type, first [0].image_id: need a whole number"),
+        ([{"image_id": 1.0, "caption": "a"}, *GOOD], "of a wrong type, first [0].image_id: need a whole number"),
+        ([*GOOD[:2], {"image_id": 2, "caption": None}], "of a wrong type, first [2].caption: need a text, got null"),
+        ([*GOOD, GOOD[0]], "p.json: 1 images given twice or more: 5 (keep one prediction each)"),
     ],
 )
 def test_bad_predictions_are_one_line(

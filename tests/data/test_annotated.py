@@ -32,11 +32,35 @@ def test_the_first_folder_wins(folder, tmp_path):
     assert PictureFolders([other, folder]).find("a.jpg") == other / "a.jpg"
 
 
-def test_folders_that_do_not_serve(tmp_path):
+def test_folders_that_do_not_serve(folder, tmp_path):
     with pytest.raises(DataError, match=r"none: No such file or directory \(name a folder of pictures\)"):
         PictureFolders([tmp_path / "none"])
-    with pytest.raises(DataError, match="no picture in it"):
-        PictureFolders([tmp_path])
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match=r"empty: no picture in it"):
+        PictureFolders([folder, tmp_path / "empty"])
+    with pytest.raises(DataError, match="no folder of pictures"):
+        PictureFolders([])
+
+
+def test_hidden_files_and_folders_are_no_pictures(folder):
+    (folder / ".cache").mkdir()
+    for name in ("._a.jpg", ".cache/c.jpg", "below/._b.png"):
+        (folder / name).touch()
+    pictures = PictureFolders([folder])
+    assert pictures.find("c.jpg") == folder / "c.jpg"  # where it would be
+    assert pictures.find("._b.png", "._a.jpg", "a.jpg") == folder / "a.jpg"
+
+
+def test_a_name_is_found_by_its_end(folder):
+    for name in ("dev-3-1-0.png", "below/dev-13-1-0.png"):
+        (folder / name).touch()
+    pictures = PictureFolders([folder])
+    assert pictures.find_ending("3-1-0.png") == folder / "dev-3-1-0.png"
+    assert pictures.find_ending("13-1-0.png") == folder / "below/dev-13-1-0.png"
+    assert not pictures.find_ending("1-0.png").exists()
+    (folder / "below/train-3-1-0.png").touch()
+    with pytest.raises(DataError, match=r"dev-3-1-0.png and train-3-1-0.png end alike"):
+        PictureFolders([folder]).find_ending("3-1-0.png")
 
 
 def test_a_missing_picture_is_a_bad_sample_and_refused_in_evaluation(folder):
@@ -60,6 +84,19 @@ def test_the_held_out_groups_depend_on_the_seed_only():
     assert len({frozenset(held_out(range(50), seed=seed, count=5)) for seed in range(5)}) == 5
     with pytest.raises(DataError, match="5 of 5 groups to hold out"):
         held_out(keys, seed=0, count=5)
+
+
+def test_what_is_no_file_counts_as_missing(folder):
+    (folder / "folder.jpg").mkdir()
+    (folder / "link.jpg").symlink_to("nowhere.jpg")
+    names = ["folder.jpg", "link.jpg", "x" * 300 + ".jpg"]
+    pictures = PictureFolders([folder])
+    examples = [Example(name, None, (pictures.find(name),), "q.json") for name in names]
+    assert len(missing_pictures(examples)) == 3
+    for example in examples:
+        with pytest.raises(BadSample) as caught:
+            example.picture()
+        assert caught.value.reason == "missing image"
 
 
 def test_pictures_of_any_size_are_not_read(folder, monkeypatch):

@@ -9,7 +9,7 @@ import pytest
 
 from mhmoe_vl.errors import DataError
 from mhmoe_vl.metrics.coverage import coverage_problems
-from mhmoe_vl.metrics.nlvr2 import score_nlvr2, sentence_key, to_csv, truth_value
+from mhmoe_vl.metrics.nlvr2 import score_nlvr2, sentence_key, to_csv
 
 
 @pytest.mark.parametrize(
@@ -42,15 +42,6 @@ def test_a_sentence_is_consistent_when_right_for_all_of_its_pairs() -> None:
 )
 def test_sentence_of_an_identifier(identifier: str, key: str | None) -> None:
     assert sentence_key(identifier) == key
-
-
-@pytest.mark.parametrize(
-    ("label", "value"),
-    [("True", True), ("true", True), (True, True), ("FALSE", False), (False, False)]
-    + [(bad, None) for bad in (None, 1, 0, "", "yes", "1", "True ", [True])],
-)
-def test_truth_values(label: object, value: bool | None) -> None:
-    assert truth_value(label) is value
 
 
 def test_a_submission_has_a_line_for_each_example() -> None:

@@ -10,6 +10,7 @@ from mhmoe_vl.config import EncoderConfig, validate
 from mhmoe_vl.errors import ConfigError
 from mhmoe_vl.models.encoder import Encoder
 from mhmoe_vl.models.factory import build_encoder, load_encoder_weights
+from mhmoe_vl.nn.cache import KeyValueCache
 from mhmoe_vl.parity import count_encoder, total
 
 SMALL = {
@@ -145,6 +146,96 @@ def test_image_and_text_only_encoders_hold_one_branch():
         assert not any(other in name for name in encoder.state_dict() for other in {"image", "text"} - {only})
         encoder.load_state_dict({k: v for k, v in both.state_dict().items() if k in encoder.state_dict()})
         torch.testing.assert_close(getattr(encoder(**call), only), getattr(both(**call), only))
+
+
+# ------------------------------------------------------------------------------------- causal text
+@every_variant
+def test_causal_text_sees_earlier_tokens_and_its_image(variant):
+    encoder = make(**VARIANTS[variant]).eval()
+    pixels, text, _ = inputs()
+    changed_text = text.clone()
+    changed_text[[0, 3], 4] = (text[[0, 3], 4] + 1) % 30
+    changed_pixels = pixels.clone()
+    changed_pixels[[0, 1]] += 1  # picture 0 stands alone, picture 1 belongs to text 2
+
+    def features(pixels, text):
+        with torch.no_grad():
+            return encoder(pixels, text, num_pairs=2, causal_text=True)
+
+    first, after_text, after_pixels = (
+        features(pixels, text),
+        features(pixels, changed_text),
+        features(changed_pixels, text),
+    )
+    assert torch.equal(first.image, after_text.image)
+    text_changes = (first.text != after_text.text).any(-1)
+    assert text_changes.nonzero().tolist() == [[i, position] for i in (0, 3) for position in (4, 5, 6)]
+    assert (first.image != after_pixels.image).any(-1).all(-1).tolist() == [True, True, False]
+    assert torch.equal(first.text[[0, 1, 3]], after_pixels.text[[0, 1, 3]])
+    assert (first.text[2] != after_pixels.text[2]).any(-1).all()
+
+
+@every_variant
+def test_a_mixed_batch_of_causal_texts_equals_separate_runs(variant):
+    encoder = make(**VARIANTS[variant]).eval()
+    pixels, text, padding = inputs(images=3, texts=4)
+    with torch.no_grad():
+        mixed = encoder(pixels, text, text_padding=padding, num_pairs=2, causal_text=True)
+        image = encoder(pixels[:1]).image
+        alone = [encoder(text=text[i : i + 1, :n], causal_text=True).text for i, n in enumerate((7, 4))]
+        pair = [encoder(pixels[i - 1 :][:1], text[i : i + 1, :n], causal_text=True) for i, n in ((2, 7), (3, 5))]
+    torch.testing.assert_close(mixed.image, torch.cat([image, *(one.image for one in pair)]))
+    for got, want in zip(mixed.text, [*alone, *(one.text for one in pair)], strict=True):
+        torch.testing.assert_close(got[: want.shape[1]], want[0])
+
+
+@pytest.mark.parametrize("variant", ["dense", "per_modality", "shared_attention_experts"])
+def test_checkpointing_gives_the_same_gradients_of_causal_text(variant):
+    gradients = []
+    for enable in (False, True):
+        encoder = make(**VARIANTS[variant], grad_checkpointing=enable).train()
+        pixels, text, padding = inputs()
+        output = encoder(pixels, text, text_padding=padding, num_pairs=2, causal_text=True)
+        output.text[~padding].square().sum().backward()
+        gradients.append({name: p.grad for name, p in encoder.named_parameters() if p.grad is not None})
+    torch.testing.assert_close(gradients[0], gradients[1])
+
+
+@every_variant
+def test_texts_encoded_piece_by_piece_equal_whole_ones(variant):
+    encoder, cache = make(**VARIANTS[variant]).eval(), KeyValueCache()
+    pixels, text, _ = inputs(images=3, texts=4)
+    with torch.no_grad():
+        whole = encoder(pixels, text, num_pairs=2, causal_text=True)
+        first = encoder(pixels, text[:, :3], num_pairs=2, cache=cache)
+        later = [encoder(text=text[:, a:b], num_pairs=2, cache=cache, return_routing=True) for a, b in ((3, 4), (4, 7))]
+    torch.testing.assert_close(first.image, whole.image)
+    assert [output.image for output in later] == [None, None]
+    torch.testing.assert_close(torch.cat([first.text, *(output.text for output in later)], dim=1), whole.text)
+
+
+def test_texts_without_images_are_encoded_piece_by_piece_too():
+    text = inputs()[1]
+    for modalities in (("image", "text"), ("text",)):
+        encoder, cache = make(ffn=EXPERTS, modalities=modalities).eval(), KeyValueCache()
+        with torch.no_grad():
+            pieces = [encoder(text=piece, cache=cache).text for piece in text.split(3, dim=1)]
+            whole = encoder(text=text, causal_text=True).text
+        torch.testing.assert_close(torch.cat(pieces, dim=1), whole)
+
+
+@pytest.mark.parametrize("variant", ["dense", "joint", "shared_attention_experts"])
+def test_cached_texts_can_be_cut_chosen_and_repeated(variant):
+    encoder, cache = make(**VARIANTS[variant]).eval(), KeyValueCache()
+    pixels, text, _ = inputs(images=3, texts=3)
+    chosen = torch.tensor([2, 0, 0, 1])
+    with torch.no_grad():
+        encoder(pixels, text[:, :5], cache=cache)
+        cache.cut_text(4)
+        cache.select(chosen)
+        got = encoder(text=text[chosen, 5:], cache=cache).text
+        whole = encoder(pixels[chosen], torch.cat([text[chosen, :4], text[chosen, 5:]], dim=1), causal_text=True).text
+    torch.testing.assert_close(got, whole[:, 4:])
 
 
 # --------------------------------------------------------------------------------- layers of experts
@@ -376,6 +467,27 @@ def test_an_encoder_of_texts_does_not_ask_for_whole_patches():
 def test_inputs_that_do_not_fit_are_refused(call, message):
     with pytest.raises(ConfigError, match=message):
         call(make(), *inputs()[:2])
+
+
+def test_convolutions_over_tokens_cannot_be_causal():
+    pixels, text, _ = inputs(images=4)
+    with pytest.raises(ConfigError, match="conv_kernel lets a text see what comes later"):
+        make(ffn=EXPERTS | {"conv_kernel": 3})(pixels, text, causal_text=True)
+    make(ffn=EXPERTS | {"conv_kernel": 1})(pixels, text, causal_text=True)
+
+
+def test_what_a_cache_cannot_hold_is_refused():
+    encoder, cache = make().eval(), KeyValueCache()
+    pixels, text, padding = inputs(images=4)
+    with pytest.raises(ConfigError, match="text_padding: texts in a cache have none"):
+        encoder(pixels, text, text_padding=padding, cache=cache)
+    encoder(pixels, text, cache=cache)
+    with pytest.raises(ConfigError, match="images: given again, but the cache holds 4"):
+        encoder(pixels, text, cache=cache)
+    with pytest.raises(ConfigError, match="num_pairs: not given for 4 images and 2 texts"):
+        encoder(text=text[:2], cache=cache)
+    with pytest.raises(ConfigError, match="max_text_len: a text of 11 tokens for 10 positions"):
+        encoder(text=text[:, :4], cache=cache)
 
 
 def test_inputs_for_a_missing_branch_are_refused():

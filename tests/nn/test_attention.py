@@ -10,8 +10,8 @@ from mhmoe_vl.nn.attention import MultiwayAttention, attend
 DIM, HEADS = 12, 3
 
 
-def slow_attend(q, k, v, padding=None):
-    """Softmax attention, one query at a time."""
+def slow_attend(q, k, v, padding=None, causal=False):
+    """Softmax attention, one query at a time; the queries are those of the last keys."""
     out = torch.zeros_like(q)
     for b in range(q.shape[0]):
         for h in range(q.shape[1]):
@@ -19,6 +19,8 @@ def slow_attend(q, k, v, padding=None):
                 scores = torch.stack([torch.dot(q[b, h, i], key) for key in k[b, h]]) / q.shape[-1] ** 0.5
                 if padding is not None:
                     scores = scores.masked_fill(padding[b], -torch.inf)
+                if causal:
+                    scores[k.shape[2] - q.shape[2] + i + 1 :] = -torch.inf
                 out[b, h, i] = scores.softmax(0) @ v[b, h]
     return out
 
@@ -37,6 +39,21 @@ PADDING = torch.tensor([[False, False, True, False, True], [False] * 5])
 def test_attend_equals_a_loop_over_queries(qkv, padding, train):
     q, k, v = (x.requires_grad_(train) for x in qkv)
     torch.testing.assert_close(attend(q, k, v, padding), slow_attend(q, k, v, padding))
+
+
+@pytest.mark.parametrize("padding", [None, PADDING])
+@pytest.mark.parametrize("train", [False, True])
+@pytest.mark.parametrize("num_queries", [1, 2, 5])
+def test_causal_attention_hides_later_keys(qkv, padding, train, num_queries):
+    q, k, v = (x.requires_grad_(train) for x in qkv)
+    q = q[:, :, -num_queries:]
+    got, want = attend(q, k, v, padding, causal=True), slow_attend(q, k, v, padding, causal=True)
+    torch.testing.assert_close(got, want)
+
+
+def test_no_queries_get_nothing(qkv):
+    q, k, v = qkv
+    assert attend(q[:, :, :0], k, v, PADDING).shape == (2, 3, 0, 4)
 
 
 def test_gradients_equal_the_loop(qkv):
@@ -62,8 +79,8 @@ def make(shared=False, sub_ln=False, modalities=("image", "text")):
     return attention
 
 
-def test_equals_torch_multihead_attention():
-    attention = make(shared=True)
+def torch_attention(attention):
+    """torch's layer with the weights of ``attention``, which all modalities share."""
     reference = nn.MultiheadAttention(DIM, HEADS, batch_first=True).double()
     projections = [attention.q_proj.joint, attention.k_proj.joint, attention.v_proj.joint]
     with torch.no_grad():
@@ -71,6 +88,12 @@ def test_equals_torch_multihead_attention():
         reference.in_proj_bias.copy_(torch.cat([p.bias for p in projections]))
         reference.out_proj.weight.copy_(attention.out_proj.joint.weight)
         reference.out_proj.bias.copy_(attention.out_proj.joint.bias)
+    return reference
+
+
+def test_equals_torch_multihead_attention():
+    attention = make(shared=True)
+    reference = torch_attention(attention)
     image, text = torch.randn(3, 5, DIM).double(), torch.randn(4, 7, DIM).double()
     padding = torch.zeros(4, 7, dtype=torch.bool)
     padding[2:, 4:] = True
@@ -83,6 +106,26 @@ def test_equals_torch_multihead_attention():
     joined = reference(pair, pair, pair, key_padding_mask=pair_padding)[0]
     torch.testing.assert_close(got["image"], torch.cat([alone_image, joined[:, :5]]))
     torch.testing.assert_close(got["text"], torch.cat([alone_text, joined[:, 5:]]))
+
+
+def test_causal_text_equals_torch_multihead_attention_with_its_mask():
+    attention = make(shared=True)
+    reference = torch_attention(attention)
+    image, text = torch.randn(3, 5, DIM).double(), torch.randn(4, 7, DIM).double()
+    padding = torch.zeros(4, 7, dtype=torch.bool)
+    padding[1:3, 4:] = True
+    got = attention({"image": image, "text": text}, {"text": padding}, 2, causal_text=True)
+
+    later = torch.ones(7, 7, dtype=torch.bool).triu(1)
+    alone = reference(text[:2], text[:2], text[:2], key_padding_mask=padding[:2], attn_mask=later)[0]
+    hidden = torch.zeros(12, 12, dtype=torch.bool)
+    hidden[:5, 5:], hidden[5:, 5:] = True, later
+    pair = torch.cat([image[1:], text[2:]], dim=1)
+    pair_padding = torch.cat([torch.zeros(2, 5, dtype=torch.bool), padding[2:]], dim=1)
+    joined = reference(pair, pair, pair, key_padding_mask=pair_padding, attn_mask=hidden)[0]
+    torch.testing.assert_close(got["image"], reference(image, image, image)[0])
+    torch.testing.assert_close(joined[:, :5], got["image"][1:])
+    torch.testing.assert_close(got["text"], torch.cat([alone, joined[:, 5:]]))
 
 
 def test_branches_use_their_own_projections():

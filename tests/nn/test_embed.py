@@ -71,11 +71,12 @@ def test_text_tokens_are_rows_plus_positions_and_padding_is_zero():
     torch.testing.assert_close(tokens[0, 1], embed.tokens.weight[0] + embed.pos_embed[0, 1])
     assert not tokens[0, 2].any()
     torch.testing.assert_close(embed(text)[0, 2], embed.tokens.weight[3] + embed.pos_embed[0, 2])
+    torch.testing.assert_close(embed(text[:, 1:], start=1), embed(text)[:, 1:])
 
 
 def test_text_longer_than_the_positions_is_refused():
     with pytest.raises(ConfigError, match="a text of 5 tokens for 4 positions"):
-        TextEmbedding(5, vocab_size=7, max_text_len=4)(torch.zeros(1, 5, dtype=torch.long))
+        TextEmbedding(5, vocab_size=7, max_text_len=4)(torch.zeros(1, 2, dtype=torch.long), start=3)
 
 
 def test_embeddings_start_small():
