@@ -155,6 +155,7 @@ def _model(settings: config.RunConfig, task: Any, init_from: str | None) -> Any:
 
 def _train(settings: config.RunConfig) -> int:
     from . import distributed
+    from .analysis.gallery import write_gallery
     from .analysis.report import write_report
     from .analysis.summary import summarize, table
     from .train import engine
@@ -171,9 +172,18 @@ def _train(settings: config.RunConfig) -> int:
         if distributed.is_main():
             summary = summarize(output)
             (output / "summary.json").write_text(json.dumps(summary, indent=1))
+            if cards := task.gallery(_last_records(output)):
+                write_gallery(output, cards)
             report = write_report(output, metric=task.metric, higher_is_better=task.higher_is_better)
             print(table(summary, report))
     return code
+
+
+def _last_records(run_dir: Path, most: int = 48) -> list[dict[str, Any]]:
+    """The first predictions of the last evaluation of a run."""
+    files = sorted((run_dir / "predictions").glob("val_step-*.jsonl"))
+    lines = files[-1].read_text(encoding="utf-8").splitlines() if files else []
+    return [json.loads(line) for line in lines[:most]]
 
 
 def _evaluate(settings: config.RunConfig, path: Path, split: str) -> int:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import base64
-import io
 import json
 import math
 import os
+import reprlib
 import statistics
-import warnings
 from collections.abc import Mapping
 from itertools import islice
 from pathlib import Path
@@ -17,11 +15,11 @@ from typing import Any
 import jinja2
 import numpy as np
 from markupsafe import Markup
-from PIL import Image
 
 from ..config import read_yaml
 from ..errors import DataError, one_line
 from .charts import MAX_CURVES, Chart, PoolChart, Series, Table, line_chart, number, pool_chart
+from .gallery import read_gallery
 from .run_log import Pool, RunLog, read_metrics
 
 TITLES = {
@@ -43,17 +41,15 @@ SKIPPED = ("bad", "skipped")
 SPEED = ("images_per_s", "samples_per_s", "step_seconds", "memory_mb")
 SMOOTHED = ("loss", "grad_norm", "balance_loss", "z_loss", "entropy", "images_per_s", "samples_per_s", "step_seconds")
 SCORES = {"before": "step 0", "after": "end", "baseline": "no model"}
-MAX_PICTURES, PICTURE_SIDE, MAX_PIXELS = 24, 320, 50_000_000
-MAX_RECORDS, MAX_LIST_BYTES = 12, 32_000_000
+MAX_RECORDS, MAX_KEYS, MAX_LIST_BYTES = 12, 16, 32_000_000
 
 
 def write_report(run_dir: str | Path, *, metric: str | None = None, higher_is_better: bool = False) -> Path:
     """Write ``report.html`` into a run folder, from its ``config.yaml`` and ``metrics.jsonl``.
 
     Also shown, where present: ``summary.json`` (a flat mapping, as a table on top), ``predictions/`` (file names and
-    a few records) and ``gallery.json`` (``[{"image": relative path, "caption": text, "rows": [[name, value], ...]}]``).
-    The same folder always gives the same bytes. Values under ``a/b`` share the figure of ``a``; ``bad/<reason>`` and
-    ``skipped`` count from the start of the run.
+    a few records) and ``gallery.json`` (see :mod:`.gallery`). The same folder always gives the same bytes. Values
+    under ``a/b`` share the figure of ``a``; ``bad/<reason>`` and ``skipped`` count from the start of the run.
 
     Args:
         run_dir: the run folder.
@@ -76,6 +72,7 @@ def write_report(run_dir: str | Path, *, metric: str | None = None, higher_is_be
     skipped = {key: series for key, series in log.train.items() if _group(key) in SKIPPED}
     curves = {key: series for key, series in log.train.items() if key not in skipped}
     pools = [_pool_chart(name, pool) for name, pool in log.pools.items()]
+    cards, num_cards = read_gallery(run_dir)
     page = _template().render(
         run=run_dir.resolve().name,
         task=_section(config, "task").get("kind", ""),
@@ -89,7 +86,8 @@ def write_report(run_dir: str | Path, *, metric: str | None = None, higher_is_be
         speed_charts=_charts(curves, only=SPEED),
         pools=pools,
         skipped=_skipped_table(skipped),
-        gallery=_gallery(run_dir),
+        cards=cards,
+        num_cards=num_cards,
         predictions=_predictions(run_dir / "predictions"),
         config=(run_dir / "config.yaml").read_text(encoding="utf-8"),
     )
@@ -116,11 +114,17 @@ def _charts(columns: Mapping[str, Series], only: tuple[str, ...] = (), leave_out
         names = sorted(members, key=lambda name: name != group)  # the group's own value first, the rest as logged
         parts = [names[i : i + MAX_CURVES] for i in range(0, len(names), MAX_CURVES)]
         for i, part in enumerate(parts, 1):
-            title = TITLES.get(group, group.replace("_", " ").capitalize())
+            title = TITLES.get(group, _title(group))
             title += f" ({i} of {len(parts)})" if len(parts) > 1 else ""
             log, smoothed = "perplexity" in group or group == "grad_norm", group in SMOOTHED
             charts.append(line_chart(title, {n: members[n] for n in part}, main=group, log=log, smoothed=smoothed))
     return charts
+
+
+def _title(group: str) -> str:
+    """``codebook_usage`` as a title; names with capitals of their own, as CIDEr, keep them."""
+    words = group.replace("_", " ")
+    return words.capitalize() if words.islower() else words
 
 
 def _pool_chart(name: str, pool: Pool) -> PoolChart:
@@ -220,49 +224,29 @@ def _summary(path: Path) -> list[Table]:
     return [t for t in (Table([], plain, ""), Table(["score", *SCORES.values()], rows, "")) if t.rows]
 
 
-def _gallery(run_dir: Path) -> dict[str, Any]:
-    """The first pictures of ``gallery.json`` as data addresses, and how many there are."""
-    path = run_dir / "gallery.json"
-    if not path.is_file():
-        return {"items": [], "count": 0}
-    entries, items = _read_json(path), []
-    if not isinstance(entries, list):
-        raise DataError(f"{path}: holds {type(entries).__name__}, not a list of pictures (write a list)")
-    for i, entry in enumerate(entries[:MAX_PICTURES]):
-        try:
-            picture, caption = run_dir / entry["image"], str(entry["caption"])
-            rows = [[str(name), number(value)] for name, value in entry["rows"]]
-        except (TypeError, KeyError, ValueError) as error:
-            raise DataError(f"{path}:[{i}]: not image, caption and rows of name and value (mend it)") from error
-        if not picture.resolve().is_relative_to(run_dir.resolve()):
-            raise DataError(f"{path}:[{i}]: {one_line(entry['image'], 80)} lies outside the run folder (copy it in)")
-        items.append({"picture": _data_address(picture), "caption": caption, "rows": Table([], rows, "")})
-    return {"items": items, "count": len(entries)}
+class _Short(reprlib.Repr):
+    """Values as Python writes them, long texts, long lists and deep nesting cut."""
 
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxlevel, self.maxlist, self.maxdict, self.maxstring, self.maxother = 3, 3, 4, 60, 60
 
-def _data_address(path: Path) -> str:
-    """A picture, decoded, made small and written anew as JPEG, so that nothing else of the file reaches the page."""
-    file = io.BytesIO()
-    try:
-        with warnings.catch_warnings(action="ignore"), Image.open(path, formats=["JPEG", "PNG", "WEBP"]) as image:
-            if image.width * image.height > MAX_PIXELS:
-                raise ValueError(f"{image.width} x {image.height} pixels")
-            image = image.convert("RGB")
-            image.thumbnail((PICTURE_SIDE, PICTURE_SIDE))
-            image.save(file, "JPEG", quality=85)
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise DataError(f"{path}: not a picture to show: {one_line(error, 120)} (use JPEG, PNG or WebP)") from error
-    return "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode()
+    def repr_float(self, value: float, level: int) -> str:
+        return number(value, 4)
 
 
 def _predictions(folder: Path) -> dict[str, Any]:
-    """Names and sizes of the prediction files, and the first records of the last one."""
+    """Names and sizes of the prediction files, and the first records of the last one as pairs of key and value."""
     files = sorted(path for path in folder.glob("**/*.json*") if path.is_file())
     records = _records(files[-1]) if files else []
-    columns = list(dict.fromkeys(key for record in records for key in record))
-    rows = [[one_line(number(record[key]), 120) if key in record else "" for key in columns] for record in records]
     sizes = [[path.relative_to(folder).as_posix(), f"{path.stat().st_size:,} bytes"] for path in files]
-    return {"files": Table([], sizes, ""), "table": Table(columns, rows, "")}
+    return {"files": Table([], sizes, ""), "records": [_pairs(record) for record in records]}
+
+
+def _pairs(record: Mapping[str, Any]) -> list[tuple[str, str]]:
+    short = _Short()
+    pairs = [(one_line(key, 40), one_line(short.repr(value), 160)) for key, value in islice(record.items(), MAX_KEYS)]
+    return pairs + [("...", f"and {len(record) - MAX_KEYS} more")] * (len(record) > MAX_KEYS)
 
 
 def _records(path: Path) -> list[dict[str, Any]]:

@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import math
 import statistics
+from collections.abc import Sequence
 from pathlib import Path
 
+from ..errors import one_line
 from .run_log import RunLog, read_metrics
 
 RATES = ("images_per_s", "samples_per_s", "step_seconds")
 TERMS = ("images", "texts", "pairs_image", "pairs_text")
+MIN_NAME, MAX_NAME, MAX_SCORES = 28, 40, 30
 
 
 def summarize(run_dir: Path) -> dict[str, float]:
@@ -61,18 +64,34 @@ def shortfalls(summary: dict[str, float]) -> list[str]:
 
 
 def table(summary: dict[str, float], report: Path) -> str:
-    """The summary as text, scores in columns, with the place of the run folder and its report."""
+    """The summary as text, up to 30 scores in columns, with the place of the run folder and its report."""
     scores = [name.removesuffix("/after") for name in summary if name.endswith("/after")]
-    lines = [f"{name:28} {_number(value)}" for name, value in summary.items() if "/" not in name]
+    first = sorted(scores, key=lambda name: name.count("/"))[:MAX_SCORES]  # parts are left out before their sum is
+    shown = [name for name in scores if name in first]
+    plain = {name: value for name, value in summary.items() if "/" not in name}
+    width = max([MIN_NAME, *(len(_name(name)) for name in [*plain, *shown])])
+    lines = [f"{_name(name):{width}} {_number(value)}" for name, value in plain.items()]
     if scores:
-        lines.append(f"\n{'validation':28} {'first':>12} {'last':>12} {'no model':>12}")
-        for name in scores:
+        lines.append("\n" + _row("validation", ["first", "last", "no model"], width))
+        for name in shown:
             cells = [_number(summary.get(f"{name}/{when}")) for when in ("before", "after", "baseline")]
-            lines.append(f"{name:28} " + " ".join(f"{cell:>12}" for cell in cells))
+            lines.append(_row(name, cells, width))
+    if len(scores) > len(shown):
+        lines.append(f"... and {len(scores) - len(shown)} more in {report.name}")
     return "\n".join([*lines, f"\nrun folder  {report.parent}", f"report      {report}"])
+
+
+def _row(name: str, cells: Sequence[str], width: int) -> str:
+    return " ".join([f"{_name(name):{width}}", *(f"{cell:>12}" for cell in cells)]).rstrip()
+
+
+def _name(name: str) -> str:
+    """``name`` with its middle left out where it is long: its parts differ at the end."""
+    shown = one_line(name)
+    return shown if len(shown) <= MAX_NAME else f"{shown[:18]}...{shown[-(MAX_NAME - 21) :]}"
 
 
 def _number(value: float | None) -> str:
     if value is None:
         return ""
-    return f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"
+    return f"{value:,.0f}" if 1000 <= abs(value) < 1e9 else f"{value:.4g}"

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
@@ -186,6 +186,6 @@ def _row_problems(row: list[str]) -> list[str]:
     ]
 
 
-def _require_images(path: Path, images: Any) -> None:
+def _require_images(path: Path, images: Collection[Any]) -> None:
     if not images:
         raise DataError(f"{path}: images: none (name the captions of a whole split)")

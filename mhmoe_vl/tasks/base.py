@@ -105,3 +105,8 @@ class Task(Protocol):
     def submission(self, records: list[Record]) -> dict[str, str]:
         """The predictions of a split in the benchmark's official format, text by file name."""
         return {}
+
+    def gallery(self, records: list[Record]) -> list[dict[str, Any]]:
+        """Predictions to show with their pictures: ``images`` (paths), ``caption``, ``right`` (true, false or none),
+        ``rows`` of name and value, ``bars`` of name and share."""
+        return []

@@ -243,6 +243,19 @@ class Captioning(Task):
         caption = min(counts, key=lambda text: (-counts[text], text))
         return self.score([_record(example) | {"caption": caption} for example in self._val])
 
+    def gallery(self, records: list[Record]) -> list[dict[str, Any]]:
+        """Captions with those of the annotators."""
+        return [
+            {
+                "images": [record["image"]],
+                "caption": record["caption"],
+                "right": None,
+                "rows": [["reference", text] for text in record["references"]],
+                "bars": [],
+            }
+            for record in records
+        ]
+
     def submission(self, records: list[Record]) -> dict[str, str]:
         """The results file in COCO's format."""
         captions = [{"image_id": r["image_id"], "caption": r["caption"]} for r in records]

@@ -213,6 +213,19 @@ class NLVR2(Task):
         majority = sum(example.record.label for example in self._train) * 2 >= len(self._train)
         return self.score([_record(example) | {"prediction": majority} for example in self._val])
 
+    def gallery(self, records: list[Record]) -> list[dict[str, Any]]:
+        """Sentences with the probability that they are true as a bar."""
+        return [
+            {
+                "images": record["images"],
+                "caption": record["sentence"],
+                "right": None if record["label"] is None else record["prediction"] == record["label"],
+                "rows": [["answer", str(record["prediction"])], ["true answer", str(record["label"])]],
+                "bars": [["True", record["probability"]], ["False", 1 - record["probability"]]],
+            }
+            for record in records
+        ]
+
     def submission(self, records: list[Record]) -> dict[str, str]:
         """The official CSV."""
         return {"nlvr2_predictions.csv": to_csv({record["id"]: record["prediction"] for record in records})}

@@ -248,6 +248,17 @@ class VQA(Task):
         scores = self.score([r | {"answer": best.get(r["question_type"], best[""])} for r in records])
         return {name: value for name, value in scores.items() if name != "ceiling"}
 
+    def gallery(self, records: list[Record]) -> list[dict[str, Any]]:
+        """Questions with the best candidates as bars; right where most annotators gave the answer."""
+        cards = []
+        for record in records:
+            given = Counter(record["answers"] or []).most_common(1)
+            rows = [["true answer", given[0][0]]] if given else []
+            right = self.score([record])["accuracy"] > 50 if given else None
+            card = {"images": [record["image"]], "caption": record["question"], "right": right}
+            cards.append({**card, "rows": [["answer", record["answer"]], *rows], "bars": record["candidates"]})
+        return cards
+
     def submission(self, records: list[Record]) -> dict[str, str]:
         """The file that the evaluation server (EvalAI) takes."""
         answers = [{"question_id": r["question_id"], "answer": r["answer"]} for r in records]

@@ -107,7 +107,7 @@ def test_any_number_of_captions_of_any_length(read, count):
     annotations = [{"id": i, "image_id": 5, "caption": caption} for i, caption in enumerate(captions)]
     assert read(COCO | {"annotations": annotations})[2].record.captions == tuple(captions)
     rows = "".join(f"c.jpg,{caption}\n" for caption in captions)
-    assert [e.record.captions for e in read(f"image,caption\n{rows}z.jpg,end\n")][0] == tuple(captions or ["end"])
+    assert read(f"image,caption\n{rows}z.jpg,end\n")[0].record.captions == tuple(captions or ["end"])
 
 
 def test_packed_files_are_known_by_their_content(read, tmp_path):
@@ -124,19 +124,19 @@ def test_packed_files_are_known_by_their_content(read, tmp_path):
         (COCO, ["images", 1, "id"], "3", 'images[1].id: need a whole number, got "3"'),
         (COCO, ["images", 0, "file_name"], "../x.jpg", "images[0].file_name: need a picture's name such as"),
         (COCO, ["images", 0, "file_name"], None, "images[0].file_name: need a picture's name such as"),
-        (COCO, ["images", 2, "file_name"], "COCO_val2014_000000000007.jpg", "images 7 and 5 have one picture, COCO_val"),
+        (COCO, ["images", 2, "file_name"], "COCO_val2014_000000000007.jpg", "images 7 and 5 have one picture, COCO_"),
         (COCO, ["images"], [], "images: none (name the captions of a whole split)"),
         (COCO, ["images"], None, "images: need a list, got null"),
         (COCO, ["annotations", 2, "id"], 30, "annotations[2].id: 30 stands already at [0]"),
         (COCO, ["annotations", 2, "image_id"], 9, "annotations[2].image_id: 9 is not in images (mend the file)"),
         (COCO, ["annotations", 2, "caption"], " ", 'annotations[2].caption: need a text that is not empty, got " "'),
-        (COCO, ["annotations", 2], {}, "annotations[2].id: missing; annotations[2].image_id: missing; annotations[2].c"),
+        (COCO, ["annotations", 2], {}, "annotations[2].id: missing; annotations[2].image_id: missing; "),
         (COCO, ["annotations"], None, "annotations: need a list, got null"),
         (KARPATHY, ["images", 1, "cocoid"], 7, "images[1].cocoid: 7 stands already at [0]"),
         (KARPATHY, ["images", 1], {}, "images[1].cocoid: missing; images[1].filename: missing; images[1].split: missi"),
         (KARPATHY, ["images", 1, "split"], "dev", 'images[1].split: need "train" or "restval" or "val" or "test", got'),
-        (KARPATHY, ["images", 2, "sentences", 1, "raw"], "", "images[2].sentences[1].raw: need a text that is not empty"),
-        (KARPATHY, ["images", 2, "sentences", 1, "raw"], "\ud800", "images[2].sentences[1].raw: need a text that is no"),
+        (KARPATHY, ["images", 2, "sentences", 1, "raw"], "", "images[2].sentences[1].raw: need a text"),
+        (KARPATHY, ["images", 2, "sentences", 1, "raw"], "\ud800", "images[2].sentences[1].raw: need a text"),
         (KARPATHY, ["images", 2, "filename"], "", "images[2].filename: need a picture's name such as"),
     ],
 )  # fmt: skip
@@ -157,12 +157,12 @@ def test_what_is_wrong_in_json_is_named_with_its_place(read, tmp_path, form, pat
         ("", "images: none"),
         ("image,caption\n", "images: none"),
         ("image,comment\na.jpg,x", 'line 1: need image,caption, got "image,comment" (name COCO'),
-        ("image,caption\na.jpg,A dog, running\n", "line 2: need image,caption, got 3 values: put a caption with commas"),
+        ("image,caption\na.jpg,A dog, running\n", "line 2: need image,caption, got 3 values: put a caption"),
         ("image,caption\na.jpg\n", "line 2: need image,caption, got 1 values"),
         ('image,caption\n\na.jpg,"A dog\nb.jpg,x\n', "line 3: unexpected end of data (mend the quotes)"),
         ('image,caption\na.jpg,"A dog" runs\nb.jpg,x\n', "line 2: ',' expected after '\"' (mend the quotes)"),
         ("image,caption\na.jpg,x\nb.jpg, \n", 'line 3: caption: need a text that is not empty, got " "'),
-        ("image,caption\n,x\n../b.jpg,y\n", 'line 2: image: need a picture\'s name such as 000000000139.jpg, got ""; line'),
+        ("image,caption\n,x\n../b.jpg,y\n", 'line 2: image: need a picture\'s name such as 000000000139.jpg, got ""'),
         ("image,caption\na.jpg," + "x" * 200_000, "line 2: field larger than field limit"),
         ('["images"]', "need an object, got a list of 1"),
         ('{"images": [', "line 1, byte 12: JSON ends in the middle"),

@@ -4,8 +4,11 @@ import json
 import random
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from mutations import mutate_text
 
-from mhmoe_vl.data.records import read_json
+from mhmoe_vl.data.vqa import read_annotations
 from mhmoe_vl.errors import DataError
 from mhmoe_vl.metrics.vqa_accuracy import answer_accuracy
 from mhmoe_vl.tasks.answers import AnswerVocabulary
@@ -38,18 +41,41 @@ def test_the_ceiling_is_the_best_of_all_answers():
     assert vocabulary.ceiling(["two"] * 10) == 0  # unanimous answers are compared as they are written
 
 
-def test_files_read_back(tmp_path):
-    vocabulary = AnswerVocabulary.build(GIVEN, 9)
-    files = {
-        "own.json": vocabulary.to_json(),
-        "list.json": json.dumps(list(vocabulary.answers)),
-        "answer2label.txt": "".join(
-            json.dumps({"answer": a, "label": i}) + "\n" for i, a in enumerate(vocabulary.answers)
-        ),
-    }
-    for name, text in files.items():
-        (tmp_path / name).write_text(text)
-        assert AnswerVocabulary.read(tmp_path / name).sha256 == vocabulary.sha256
+@pytest.mark.parametrize("count", [1, 2, 3, 9, 10, 11])
+def test_targets_of_any_number_of_annotators(count):
+    """The same as the official accuracy, which leaves out one annotator at a time."""
+    vocabulary = AnswerVocabulary(["yes", "no"])
+    for number in range(1, count):
+        answers = ["yes"] * number + ["x"] * (count - number)
+        assert vocabulary.targets(answers).get(0) == pytest.approx(answer_accuracy("yes", answers))
+    assert vocabulary.targets(["yes"] * count) == pytest.approx({0: answer_accuracy("yes", ["yes"] * count)})
+
+
+BUILT = AnswerVocabulary.build(GIVEN, 9)
+FILES = {
+    "own.json": BUILT.to_json(),
+    "list.json": json.dumps(list(BUILT.answers)),
+    "answer2label.txt": "".join(json.dumps({"answer": a, "label": i}) + "\n" for i, a in enumerate(BUILT.answers)),
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_files_read_back(tmp_path, name):
+    (tmp_path / name).write_text(FILES[name])
+    assert AnswerVocabulary.read(tmp_path / name).sha256 == BUILT.sha256
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(rng=st.randoms(use_true_random=False), name=st.sampled_from(sorted(FILES)))
+def test_any_change_reads_or_is_one_line(tmp_path, rng, name):
+    (tmp_path / name).write_text(mutate_text(FILES[name], rng), newline="")
+    try:
+        vocabulary = AnswerVocabulary.read(tmp_path / name)
+    except DataError as error:
+        assert str(error).startswith(f"{tmp_path}/") and str(error).isprintable()
+        return
+    assert 0 < len(vocabulary) == len(set(vocabulary.answers))
+    assert name != "own.json" or vocabulary.answers == BUILT.answers
 
 
 @pytest.mark.parametrize(
@@ -68,9 +94,25 @@ def test_lists_that_cannot_be_right(tmp_path, name, text, message):
         AnswerVocabulary.read(tmp_path / name)
 
 
-def test_what_the_published_list_allows(data_dir):
+@pytest.mark.parametrize(
+    ("file", "ceiling"),
+    [
+        ("vqav2_images/v2_mscoco_train2014_img_annotations.json", 0.933),
+        ("vqav2_60k/v2_mscoco_train2014_sub9k_annotations.json.gz", 0.931),
+    ],
+)
+def test_what_the_published_list_allows(data_dir, file, ceiling):
     vocabulary = AnswerVocabulary.read(data_dir / "vqav2_60k" / "trainval_label2ans.json")
-    assert len(vocabulary) == 3129
-    annotations = read_json(data_dir / "vqav2_images" / "v2_mscoco_train2014_img_annotations.json")["annotations"]
+    assert (len(vocabulary), vocabulary.answers[0]) == (3129, "")
+    annotations = read_annotations(data_dir / file)
     ceilings = [vocabulary.ceiling([a["answer"] for a in annotation["answers"]]) for annotation in annotations]
-    assert sum(ceilings) / len(ceilings) == pytest.approx(0.933, abs=5e-4)
+    assert sum(ceilings) / len(ceilings) == pytest.approx(ceiling, abs=5e-4)
+
+
+def test_a_list_of_real_annotations_does_not_depend_on_their_order(data_dir):
+    annotations = read_annotations(data_dir / "vqav2_60k" / "v2_mscoco_train2014_sub48k_annotations.json.gz")
+    given = [annotation["multiple_choice_answer"] for annotation in annotations]
+    vocabulary = AnswerVocabulary.build(given, 9)
+    assert (len(vocabulary), vocabulary.answers[:4]) == (353, ("yes", "no", "1", "2"))
+    shuffled = random.Random(1).sample(given, len(given))
+    assert AnswerVocabulary.build(shuffled, 9).to_json() == vocabulary.to_json()

@@ -196,3 +196,11 @@ def test_a_missing_training_picture_is_counted(world, tmp_path):
     assert finetune(world, config, "--train.steps", 6, "--train.log_every", 1) == 0
     lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     assert max(line.get("bad/missing image", 0) for line in lines) == 2
+
+
+def test_the_report_shows_questions_with_their_pictures(finished):
+    cards = json.loads((finished / "gallery.json").read_text())
+    assert len(cards) == 18 and all((finished / name).is_file() for card in cards for name in card["images"])
+    assert {"What color is it?", "Is it red?"} == {card["caption"] for card in cards}
+    page = (finished / "report.html").read_text()
+    assert "What color is it?" in page and "data:image/jpeg" in page
