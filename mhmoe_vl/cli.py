@@ -75,7 +75,8 @@ def _run(kind: str, default_config: str, about: str, arguments: list[str]) -> in
 
 def _parse(arguments: list[str]) -> tuple[dict[str, list[str]], list[str]]:
     """The values of ``--config``, ``--eval`` and ``--split``, and the other options."""
-    own: dict[str, list[str]] = {"--config": [], "--eval": [], "--split": []}
+    meaning = {"--config": "FILE", "--eval": "RUN", "--split": "NAME"}
+    own: dict[str, list[str]] = {name: [] for name in meaning}
     rest: list[str] = []
     queue = [a for a in arguments if a not in ("--debug", "--print-config")]
     while queue:
@@ -88,8 +89,7 @@ def _parse(arguments: list[str]) -> tuple[dict[str, list[str]], list[str]]:
         while queue and not queue[0].startswith("--") and (name == "--config" or not values):
             values.append(queue.pop(0))
         if not values:
-            what = "a name" if name == "--split" else "a file or folder"
-            raise ConfigError(f"{name} needs {what} (write {name} {'NAME' if name == '--split' else 'PATH'})")
+            raise ConfigError(f"{name} needs a value (write {name} {meaning[name]})")
         own[name] += values
     return own, rest
 
@@ -201,8 +201,13 @@ def _evaluate(settings: config.RunConfig, path: Path, split: str) -> int:
         records, scores = engine.evaluate_checkpoint(task, model, settings, path, split=split, device=device)
         if distributed.is_main():
             folder = run_folder(path) / "predictions" / split
-            write_predictions(folder / "records.jsonl", records)
-            write_texts(folder, task.submission(records))
+            try:
+                write_predictions(folder / "records.jsonl", records)
+                write_texts(folder, task.submission(records))
+            except OSError as error:
+                raise ConfigError(
+                    f"{folder}: cannot be written: {error.strerror} (evaluate a copy of the run)"
+                ) from error
             for name, value in scores.items():
                 print(f"{name:32} {value:.6g}")
             print(f"{'predictions':32} {folder}")

@@ -324,12 +324,35 @@ class VQAFilesConfig(Section):
     """folders of pictures by COCO's file names"""
 
 
-class VQAConfig(Section):
+class AnnotatedFilesConfig(Section):
+    """An annotation file of a split and its pictures."""
+
+    annotations: str
+    """the official file"""
+    images: str | list[str]
+    """folders of pictures by their official names"""
+
+
+class AnnotatedTaskConfig(Section):
+    """What the tasks on annotation files share; val and test are optional sections like train."""
+
+    data_dir: str = "."
+    """folder that relative paths start from"""
+    train: AnnotatedFilesConfig
+    val: AnnotatedFilesConfig | None = None
+    test: AnnotatedFilesConfig | None = None
+    batch_size: PositiveInt
+    """examples per optimizer step, over all ranks and accumulated parts"""
+    max_text_len: Annotated[int, Field(ge=3)] = 64
+    """tokens of a text, begin and end included; the rest is cut off"""
+    text_tokenizer: TextTokenizerConfig = BPEConfig()
+    augment: AugmentConfig = AugmentConfig(min_crop=0.5, color_jitter=0.0)
+
+
+class VQAConfig(AnnotatedTaskConfig):
     """Visual question answering on VQA v2's files."""
 
     kind: Literal["vqa"] = "vqa"
-    data_dir: str = "."
-    """folder that relative paths start from"""
     train: VQAFilesConfig
     val: VQAFilesConfig | None = None
     test: VQAFilesConfig | None = None
@@ -341,51 +364,24 @@ class VQAConfig(Section):
     """occurrences that an answer needs to be listed"""
     batch_size: PositiveInt = 128
     """questions per optimizer step, over all ranks and accumulated parts"""
-    max_question_len: Annotated[int, Field(ge=3)] = 64
-    """tokens of a question, begin and end included; the rest is cut off"""
-    text_tokenizer: TextTokenizerConfig = BPEConfig()
-    augment: AugmentConfig = AugmentConfig(min_crop=0.5, color_jitter=0.0)
 
 
-class AnnotatedFilesConfig(Section):
-    """An annotation file of a split and its pictures."""
-
-    annotations: str
-    """the official file"""
-    images: str | list[str]
-    """folders of pictures by their official names"""
-
-
-class NLVR2Config(Section):
+class NLVR2Config(AnnotatedTaskConfig):
     """Truth of sentences about pictures, on the files of NLVR2 or NLVR."""
 
     kind: Literal["nlvr2"] = "nlvr2"
-    data_dir: str = "."
-    """folder that relative paths start from"""
-    train: AnnotatedFilesConfig
-    val: AnnotatedFilesConfig | None = None
-    test: AnnotatedFilesConfig | None = None
     val_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.2
     """share of the sentences of train that validate instead, drawn by seed, while val is not set"""
     pictures: Literal["pair", "boxes", "whole"] = "pair"
     """NLVR2's two pictures; of NLVR (v1) the three boxes of the drawn picture, or the whole"""
     batch_size: PositiveInt = 256
     """examples per optimizer step, over all ranks and accumulated parts"""
-    max_text_len: Annotated[int, Field(ge=3)] = 64
-    """tokens of a sentence, begin and end included; the rest is cut off"""
-    text_tokenizer: TextTokenizerConfig = BPEConfig()
-    augment: AugmentConfig = AugmentConfig(min_crop=0.5, color_jitter=0.0)
 
 
-class CaptioningConfig(Section):
+class CaptioningConfig(AnnotatedTaskConfig):
     """Captions of pictures, on the files of COCO, Karpathy's split, or Flickr8k."""
 
     kind: Literal["captioning"] = "captioning"
-    data_dir: str = "."
-    """folder that relative paths start from"""
-    train: AnnotatedFilesConfig
-    val: AnnotatedFilesConfig | None = None
-    test: AnnotatedFilesConfig | None = None
     val_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.1
     """share of the pictures of train that validate, drawn by seed, while neither val nor the file itself says which"""
     batch_size: PositiveInt = 256
@@ -404,8 +400,6 @@ class CaptioningConfig(Section):
     """unfinished captions followed up per picture; 1 is greedy"""
     length_penalty: NonNegativeFloat = 0.6
     """power of the length that a caption's log-probability is divided by"""
-    text_tokenizer: TextTokenizerConfig = BPEConfig()
-    augment: AugmentConfig = AugmentConfig(min_crop=0.5, color_jitter=0.0)
 
 
 TaskConfig = Annotated[

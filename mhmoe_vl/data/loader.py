@@ -243,11 +243,6 @@ def _transformed(sample: Sample | BadSample, transform: Transform, rng: np.rando
         raise sample.bad(error.reason, str(error)) from error
 
 
-def _need_index(source: Source, what: str) -> None:
-    if isinstance(source, StreamedShards):
-        raise ConfigError(f"{source.urls[0]}: {what} needs a manifest beside it (run mhmoe-vl make-manifest)")
-
-
 class EvalBatches(Dataset):
     """Batches of this rank's share of a set, in order; see :func:`eval_batches`."""
 
@@ -261,7 +256,8 @@ class EvalBatches(Dataset):
         rank: int,
         world: int,
     ) -> None:
-        _need_index(source, "evaluation")
+        if isinstance(source, StreamedShards):
+            raise ConfigError(f"{source.urls[0]}: evaluation needs a manifest beside it (run mhmoe-vl make-manifest)")
         self.source, self.transform, self.batch_size, self.collate = source, transform, batch_size, collate
         self.seed = seed
         self.indices = range(rank, len(source), world)
@@ -307,22 +303,6 @@ def eval_batches(
         BadSample: on reading, for any sample that cannot be used.
     """
     return EvalBatches(source, transform, batch_size, collate, seed, rank, world)
-
-
-def bad_samples(source: Source, transform: Transform, *, seed: int = 0) -> Iterator[BadSample]:
-    """Read and transform every sample of a set once, in order, and give the error of each that is bad.
-
-    For a check before a run; draws are those of an evaluation with the same ``seed``.
-
-    Raises:
-        ConfigError: the source can only be streamed.
-    """
-    _need_index(source, "a check of all samples")
-    for index in range(len(source)):
-        try:
-            _transformed(source[index], transform, sample_rng(seed, 0, index))
-        except BadSample as error:
-            yield error
 
 
 # ---------------------------------------------------------------------------------------------- workers

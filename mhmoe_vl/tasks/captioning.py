@@ -10,21 +10,20 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.data import Dataset
 
-from .. import distributed
-from ..data.annotated import Example, PictureFolders, held_out, require_pictures
+from ..data.annotated import Example, held_out
 from ..data.captions import Captioned, read_captions
-from ..data.loader import EvalBatches, StepDataset, eval_batches
+from ..data.loader import EvalBatches, StepDataset, Transform
 from ..data.text import TextTokenizer
 from ..data.transforms import ImageTransform
 from ..errors import DataError
@@ -33,11 +32,11 @@ from ..metrics.ptb_tokenizer import tokenize
 from ..models.encoder import Encoder
 from ..models.generation import generate
 from ..models.heads import start
-from .base import InputSpec, ModelOutput, Record, Task
+from .annotated_task import AnnotatedTask
+from .base import InputSpec, ModelOutput, Record
 from .encoder_model import EncoderModel
-from .pair_batch import PairBatch, collate, listed, pair_tokenizer
+from .pair_batch import PairBatch, collate
 
-SPLIT_FILE = "split.json"
 NOT_HIDDEN = -100
 KEPT, EXCHANGED = 0.1, 0.1
 """Shares of the hidden tokens that stay as they are, and that become any other token."""
@@ -74,80 +73,66 @@ class CaptioningModel(EncoderModel):
         return self.output({"logits": self.mlm_head(features.text.flatten(0, 1).index_select(0, hidden))}, features)
 
 
-class Captioning(Task):
+class Captioning(AnnotatedTask):
     """The task; see the module's docstring.
 
     Args:
         inputs: sizes that the encoder expects.
-        seed: of data order, augmentation, hidden tokens and the validation split.
-        accumulate: parts that a step's batch is split into.
-        others: the fields of the ``task`` section, in plain values.
-
-    Raises:
-        ConfigError: sizes do not fit together.
+        val_fraction: share of the pictures to hold out for validation where the file does not say which.
+        mask_ratio: share of a caption's tokens that is hidden.
+        label_smoothing: probability spread over all tokens in the targets.
+        drop_worst_ratio, drop_worst_after: share of the hidden tokens, those of the largest loss, that the loss leaves
+            out, and the step from which it does.
+        num_beams, length_penalty: of generation.
+        others: see :class:`AnnotatedTask`.
     """
 
     metric = "CIDEr"
-    higher_is_better = True
 
     def __init__(
         self,
         inputs: InputSpec,
         *,
-        seed: int,
-        accumulate: int,
-        data_dir: str,
-        train: Mapping[str, Any],
-        val: Mapping[str, Any] | None,
-        test: Mapping[str, Any] | None,
         val_fraction: float,
-        batch_size: int,
-        max_text_len: int,
         mask_ratio: float,
         label_smoothing: float,
         drop_worst_ratio: float,
         drop_worst_after: int,
         num_beams: int,
         length_penalty: float,
-        text_tokenizer: Mapping[str, Any],
-        augment: Mapping[str, Any],
+        **others: Any,
     ) -> None:
-        self.inputs, self.seed, self.accumulate, self.data_dir = inputs, seed, accumulate, Path(data_dir)
-        self.files = {"train": train, "val": val, "test": test}
-        self.val_fraction, self.batch_size, self.max_text_len = val_fraction, batch_size, max_text_len
-        self.mask_ratio, self.label_smoothing = mask_ratio, label_smoothing
+        super().__init__(inputs, **others)
+        self.val_fraction, self.mask_ratio, self.label_smoothing = val_fraction, mask_ratio, label_smoothing
         self.drop_worst_ratio, self.drop_worst_after = drop_worst_ratio, drop_worst_after
-        self.search = {"num_beams": num_beams, "length_penalty": length_penalty, "max_len": max_text_len}
-        self.augment = augment
-        self.tokenizer = pair_tokenizer(inputs, text_tokenizer, max_text_len)
-        self.kept: Mapping[str, str] = {}
+        self.search = {"num_beams": num_beams, "length_penalty": length_penalty, "max_len": self.max_text_len}
 
     # ------------------------------------------------------------------------------------------ data
-    @cached_property
-    def _given(self) -> list[Example]:
-        return self._read("train")
+    def read(self, split: str) -> list[Example]:
+        """All pictures of the training file; of the others those that the file names for ``split``, if it does."""
+        path = self.data_dir / self.files[split]["annotations"]
+        found = read_captions(path, self.folders(split))
+        if split != "train":
+            found = [e for e in found if e.record.split in (split, None)]
+        if not found:
+            raise DataError(f"{path}: no picture of split {split} (name another file as task.{split})")
+        return found
+
+    def group(self, example: Example) -> str:
+        return example.key
+
+    def choose_validation(self) -> set[str]:
+        """Those that the file names (Karpathy's does), else a share by seed."""
+        named = {e.key for e in self.given if e.record.split == "val"}
+        return named or held_out(map(self.group, self.given), seed=self.seed, fraction=self.val_fraction)
 
     @cached_property
-    def _own_split(self) -> bool:
-        """Whether the training file says itself which pictures are for what (Karpathy's does)."""
-        return any(e.record.split is not None for e in self._given)
-
-    @cached_property
-    def _val_pictures(self) -> set[str]:
-        """Pictures of the training file that validate where nothing else says which do, by key."""
-        if self.files["val"] is not None or self._own_split:
-            return set()
-        if SPLIT_FILE in self.kept:
-            return set(json.loads(self.kept[SPLIT_FILE])["validation_images"])
-        return held_out((e.key for e in self._given), seed=self.seed, fraction=self.val_fraction)
-
-    @cached_property
-    def _train(self) -> list[Example]:
+    def train(self) -> list[Example]:
         """One example a caption."""
-        mine = [e for e in _of_split(self._given, "train") if e.key not in self._val_pictures]
         found = [
             replace(e, key=f"{e.key}/{number}", record=e.record._replace(captions=(text,)))
-            for e in mine
+            for e in self.remaining
+            if e.record.split in ("train", None)
             for number, text in enumerate(e.record.captions)
         ]
         if not found:
@@ -155,57 +140,30 @@ class Captioning(Task):
         return found
 
     @cached_property
-    def _val(self) -> list[Example]:
-        if self.files["val"] is not None:
-            found = _of_split(self._read("val"), "val")
-        elif self._own_split:
-            found = _of_split(self._given, "val")
-        else:
-            found = [e for e in self._given if e.key in self._val_pictures]
+    def val(self) -> list[Example]:
+        found = super().val
         bare = [e.key for e in found if not e.record.captions]
         if bare:
             what = f"{len(bare)} of {len(found)} images without caption, first image {bare[0]}"
             raise DataError(f"{found[0].source}: {what} (validate on a split with captions)")
-        require_pictures(found)
         return found
 
-    def _read(self, split: str) -> list[Example]:
-        files = self.files[split]
-        folders = PictureFolders([self.data_dir / name for name in listed(files["images"])])
-        return read_captions(self.data_dir / files["annotations"], folders)
+    def dataset(self, split: str) -> Dataset | EvalBatches:
+        found = super().dataset(split)
+        return _DropWorst(found, self.drop_worst_ratio, self.drop_worst_after) if split == "train" else found
 
-    def dataset(self, split: str) -> StepDataset | EvalBatches:
-        place = {"seed": self.seed, "rank": distributed.rank(), "world": distributed.world_size()}
-        pictures = ImageTransform(self.inputs.img_size, train=split == "train", whole=True, **self.augment)
-        batches = partial(_collate, pad_id=self.tokenizer.pad_id, img_size=self.inputs.img_size)
-        if split == "train":
-            examples = _TrainExamples(pictures, self.tokenizer, self.max_text_len, self.mask_ratio)
-            streams = {"captions": (self._train, self.batch_size, examples)}
-            steps = partial(_Steps, self.drop_worst_ratio, self.drop_worst_after)
-            return steps(streams, partial(_collate_step, batches), accumulate=self.accumulate, **place)
-        source = self._val if split == "val" else _of_split(self._read(split), split)
-        require_pictures(source)
-        return eval_batches(source, _EvalExamples(pictures), self.batch_size, batches, **place)
+    def transform(self, pictures: ImageTransform, *, train: bool) -> Transform:
+        if train:
+            return _TrainExamples(pictures, self.tokenizer, self.max_text_len, self.mask_ratio)
+        return _EvalExamples(pictures)
 
-    def recorded(self) -> dict[str, str]:
-        """Which pictures validate."""
-        split = {
-            "validation_images": sorted(self._val_pictures),
-            "validation_pictures": len(self._val),
-            "training_captions": len(self._train),
-        }
-        return {SPLIT_FILE: json.dumps(split, indent=0) + "\n"}
-
-    def restore(self, files: Mapping[str, str]) -> None:
-        self.kept = files
+    @property
+    def collate(self) -> Callable[[list[dict[str, Any]]], CaptionBatch]:
+        return partial(_collate, pad_id=self.tokenizer.pad_id, img_size=self.inputs.img_size)
 
     # ----------------------------------------------------------------------------------------- model
     def model(self, encoder: Encoder) -> CaptioningModel:
         return CaptioningModel(encoder)
-
-    def prepare(self, batch: CaptionBatch, device: torch.device) -> CaptionBatch:
-        """``batch`` on ``device``, pictures in [-1, 1]."""
-        return batch.prepared(device)
 
     def num_targets(self, batch: CaptionBatch) -> dict[str, int]:
         """Hidden tokens that the loss counts."""
@@ -239,9 +197,9 @@ class Captioning(Task):
 
     def baselines(self, device: torch.device) -> dict[str, float]:
         """Scores of the single most frequent training caption for every picture."""
-        counts = Counter(e.record.captions[0] for e in self._train)
+        counts = Counter(e.record.captions[0] for e in self.train)
         caption = min(counts, key=lambda text: (-counts[text], text))
-        return self.score([_record(example) | {"caption": caption} for example in self._val])
+        return self.score([_record(example) | {"caption": caption} for example in self.val])
 
     def gallery(self, records: list[Record]) -> list[dict[str, Any]]:
         """Captions with those of the annotators."""
@@ -262,21 +220,20 @@ class Captioning(Task):
         return {"captions_results.json": json.dumps(captions, ensure_ascii=False) + "\n"}
 
 
-class _Steps(StepDataset):
-    """Batches that leave out the worst tokens from a step on."""
+class _DropWorst(Dataset):
+    """The batches of ``steps``, from step ``after`` on with the share to leave out."""
 
-    def __init__(self, ratio: float, after: int, *arguments: Any, **options: Any) -> None:
-        super().__init__(*arguments, **options)
-        self.ratio, self.after = ratio, after
+    def __init__(self, steps: StepDataset, ratio: float, after: int) -> None:
+        self.steps, self.ratio, self.after = steps, ratio, after
 
     def __getitem__(self, step: int) -> list[CaptionBatch]:
-        parts = super().__getitem__(step)
+        parts = self.steps[step]
         return [replace(part, drop=self.ratio) for part in parts] if step >= self.after else parts
 
 
 @dataclass(frozen=True)
 class _TrainExamples:
-    """From a picture with one caption to a masked example; picklable for data workers."""
+    """From a picture with one caption to a masked example."""
 
     pictures: ImageTransform
     tokenizer: TextTokenizer
@@ -323,11 +280,6 @@ def _counted(batch: CaptionBatch) -> int:
     return hidden - int(batch.drop * hidden)
 
 
-def _of_split(examples: list[Example], split: str) -> list[Example]:
-    """The examples that their file names for ``split``; all where it names none."""
-    return [e for e in examples if e.record.split in (split, None)]
-
-
 def _record(example: Example) -> Record:
     picture: Captioned = example.record
     return {
@@ -344,7 +296,3 @@ def _collate(examples: list[dict[str, Any]], *, pad_id: int, img_size: tuple[int
     for row, example in enumerate(examples):
         targets[row, : len(example["targets"])] = torch.as_tensor(example["targets"], dtype=torch.int64)
     return CaptionBatch(**vars(plain) | {"targets": targets})
-
-
-def _collate_step(batches: Any, streams: Mapping[str, list[dict[str, Any]]]) -> CaptionBatch:
-    return batches(streams["captions"])

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..data.text import TextTokenizer, create_text_tokenizer, pad
-from ..errors import ConfigError
-from .base import InputSpec, Record
+from ..data.text import pad
+from .base import Record
 
 
 @dataclass(frozen=True)
@@ -54,28 +52,3 @@ def collate(
             images[number, row] = picture
     text, padding = pad([example["text"] for example in examples], pad_id)
     return PairBatch(images.flatten(0, 1), text, padding, targets, [example["record"] for example in examples])
-
-
-def pair_tokenizer(
-    inputs: InputSpec, options: Mapping[str, Any], max_text_len: int, name: str = "max_text_len"
-) -> TextTokenizer:
-    """The text tokenizer of a task on pictures with texts.
-
-    Raises:
-        ConfigError: the encoder lacks a branch, text positions, or rows of the text embedding.
-    """
-    if set(inputs.modalities) != {"image", "text"}:
-        raise ConfigError(f"encoder.modalities: {list(inputs.modalities)} (this task needs image and text)")
-    if max_text_len > inputs.max_text_len:
-        what = f"{max_text_len} with encoder.max_text_len {inputs.max_text_len}"
-        raise ConfigError(f"task.{name}: {what} (lower it)")
-    tokenizer = create_text_tokenizer(**options)
-    if tokenizer.vocab_size > inputs.vocab_size:
-        what = f"{inputs.vocab_size} rows for a tokenizer of {tokenizer.vocab_size} pieces"
-        raise ConfigError(f"encoder.vocab_size: {what} (set it to {tokenizer.vocab_size})")
-    return tokenizer
-
-
-def listed(value: str | Iterable[str] | None) -> list[str]:
-    """One path or several, as a list."""
-    return [] if value is None else [value] if isinstance(value, str) else list(value)

@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import json
 from collections import Counter, defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,9 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .. import distributed
-from ..data.annotated import Example, PictureFolders, held_out, require_pictures
-from ..data.loader import EvalBatches, StepDataset, eval_batches
+from ..data.annotated import Example, held_out
 from ..data.text import TextTokenizer
 from ..data.transforms import ImageTransform
 from ..data.vqa import Question, read_questions
@@ -29,13 +26,14 @@ from ..errors import ConfigError, DataError
 from ..metrics.vqa_accuracy import score_vqa
 from ..models.encoder import Encoder
 from ..models.heads import ClassList, Pooler, answer_head
+from .annotated_task import AnnotatedTask, listed
 from .answers import AnswerVocabulary
-from .base import InputSpec, ModelOutput, Record, Task
+from .base import InputSpec, ModelOutput, Record
 from .encoder_model import EncoderModel
-from .pair_batch import PairBatch, collate, listed, pair_tokenizer
+from .pair_batch import PairBatch, collate
 
 NUM_CANDIDATES = 5
-ANSWERS_FILE, SPLIT_FILE = "answers.json", "split.json"
+ANSWERS_FILE = "answers.json"
 
 
 class VQAModel(EncoderModel):
@@ -59,91 +57,67 @@ class VQAModel(EncoderModel):
         return self.output({"logits": self.head(self.pooler(features.image))}, features)
 
 
-class VQA(Task):
+class VQA(AnnotatedTask):
     """The task; see the module's docstring.
 
     Args:
         inputs: sizes that the encoder expects.
-        seed: of data order, augmentation and the validation split.
-        accumulate: parts that a step's batch is split into.
-        others: the fields of the ``task`` section, in plain values.
-
-    Raises:
-        ConfigError: sizes do not fit together.
+        val_images: pictures to hold out for validation.
+        answers: file with the list of answers; none builds it.
+        min_answer_count: occurrences that an answer needs to be in a list that is built.
+        others: see :class:`AnnotatedTask`.
     """
 
     metric = "accuracy"
-    higher_is_better = True
 
     def __init__(
-        self,
-        inputs: InputSpec,
-        *,
-        seed: int,
-        accumulate: int,
-        data_dir: str,
-        train: Mapping[str, Any],
-        val: Mapping[str, Any] | None,
-        test: Mapping[str, Any] | None,
-        val_images: int,
-        answers: str | None,
-        min_answer_count: int,
-        batch_size: int,
-        max_question_len: int,
-        text_tokenizer: Mapping[str, Any],
-        augment: Mapping[str, Any],
+        self, inputs: InputSpec, *, val_images: int, answers: str | None, min_answer_count: int, **others: Any
     ) -> None:
-        self.inputs, self.seed, self.accumulate, self.data_dir = inputs, seed, accumulate, Path(data_dir)
-        self.files = {"train": train, "val": val, "test": test}
+        super().__init__(inputs, **others)
         self.val_images, self.answers, self.min_answer_count = val_images, answers, min_answer_count
-        self.batch_size, self.max_question_len = batch_size, max_question_len
-        self.tokenizer = pair_tokenizer(inputs, text_tokenizer, max_question_len, "max_question_len")
-        self.augment = augment
-        self.kept: Mapping[str, str] = {}
 
     # ------------------------------------------------------------------------------------------ data
-    @cached_property
-    def _given(self) -> list[Example]:
-        """All questions of the training files."""
-        return self._read("train")
+    def read(self, split: str) -> list[Example]:
+        questions, annotations = (listed(self.files[split][name]) for name in ("questions", "annotations"))
+        if split == "test" and not annotations:
+            annotations = [None] * len(questions)
+        if len(annotations) != len(questions):
+            counts = f"{len(questions)} questions, {len(annotations)} annotations"
+            raise ConfigError(f"task.{split}: files of {counts} (give one of each, in the same order)")
+        folders = self.folders(split)
+        found = [
+            example
+            for asked, answered in zip(questions, annotations, strict=True)
+            for example in read_questions(self.data_dir / asked, answered and self.data_dir / answered, folders)
+        ]
+        twice = [key for key, count in Counter(example.key for example in found).items() if count > 1]
+        if twice:
+            raise DataError(f"task.{split}: question {twice[0]} stands in two files (give each file once)")
+        return found
+
+    def group(self, example: Example) -> int:
+        return example.record.image_id
+
+    def choose_validation(self) -> set[int]:
+        return held_out(map(self.group, self.given), seed=self.seed, count=self.val_images)
 
     @cached_property
-    def _val_pictures(self) -> set[int]:
-        """Pictures of the training files that validate; none where validation has files of its own."""
-        if self.files["val"] is not None:
-            return set()
-        if SPLIT_FILE in self.kept:
-            return set(json.loads(self.kept[SPLIT_FILE])["validation_images"])
-        return held_out((e.record.image_id for e in self._given), seed=self.seed, count=self.val_images)
-
-    @cached_property
-    def _train(self) -> list[Example]:
-        return [e for e in self._given if e.record.image_id not in self._val_pictures]
-
-    @cached_property
-    def _learnable(self) -> list[Example]:
-        """Training questions with a listed answer; the others would teach that nothing is right."""
-        found = [e for e in self._train if self.vocabulary.targets(e.record.answers)]
+    def train(self) -> list[Example]:
+        """Questions with a listed answer; the others would teach that nothing is right."""
+        found = [e for e in self.remaining if self.vocabulary.targets(e.record.answers)]
         if not found:
             raise DataError(f"{self.files['train']['questions']}: no question has a listed answer (check task.answers)")
         return found
 
     @cached_property
-    def _val(self) -> list[Example]:
-        own = self.files["val"] is not None
-        found = self._read("val") if own else [e for e in self._given if e.record.image_id in self._val_pictures]
-        require_pictures(found)
-        return found
-
-    @cached_property
     def vocabulary(self) -> AnswerVocabulary:
         """The list of answers: the run's own, a given one, or built from all annotations but the test split's."""
-        if ANSWERS_FILE in self.kept:
+        if self.kept:
             return AnswerVocabulary(json.loads(self.kept[ANSWERS_FILE])["answers"])
         if self.answers is not None:
             return AnswerVocabulary.read(self.data_dir / self.answers)
-        own = self._val if self.files["val"] is not None else []
-        vocabulary = AnswerVocabulary.build((e.record.most_given for e in [*self._given, *own]), self.min_answer_count)
+        own = self.val if self.files["val"] is not None else []
+        vocabulary = AnswerVocabulary.build((e.record.most_given for e in [*self.given, *own]), self.min_answer_count)
         if not len(vocabulary):
             raise DataError(
                 f"{self.files['train']['annotations']}: no answer occurs {self.min_answer_count} times"
@@ -151,59 +125,21 @@ class VQA(Task):
             )
         return vocabulary
 
-    def _read(self, split: str) -> list[Example]:
-        files = {name: listed(value) for name, value in self.files[split].items()}
-        if split != "test" and len(files["annotations"]) != len(files["questions"]):
-            counts = f"{len(files['questions'])} questions, {len(files['annotations'])} annotations"
-            raise ConfigError(f"task.{split}: files of {counts} (give one of each, in the same order)")
-        folders = PictureFolders([self.data_dir / folder for folder in files["images"]])
-        pairs = [(q, None) for q in files["questions"]] if split == "test" else zip(*_both(files), strict=True)
-        found = [
-            example
-            for questions, annotations in pairs
-            for example in read_questions(
-                self.data_dir / questions, annotations and self.data_dir / annotations, folders
-            )
-        ]
-        twice = [key for key, count in Counter(example.key for example in found).items() if count > 1]
-        if twice:
-            raise DataError(f"task.{split}: question {twice[0]} stands in two files (give each file once)")
-        return found
+    def transform(self, pictures: ImageTransform, *, train: bool) -> _Examples:
+        return _Examples(pictures, self.tokenizer, self.max_text_len, self.vocabulary)
 
-    def dataset(self, split: str) -> StepDataset | EvalBatches:
-        place = {"seed": self.seed, "rank": distributed.rank(), "world": distributed.world_size()}
-        pictures = ImageTransform(self.inputs.img_size, train=split == "train", whole=True, **self.augment)
-        examples = _Examples(pictures, self.tokenizer, self.max_question_len, self.vocabulary, split != "train")
-        batches = partial(
-            _collate, pad_id=self.tokenizer.pad_id, img_size=self.inputs.img_size, num_answers=len(self.vocabulary)
-        )
-        if split == "train":
-            streams = {"questions": (self._learnable, self.batch_size, examples)}
-            return StepDataset(streams, partial(_collate_step, batches), accumulate=self.accumulate, **place)
-        source = self._val if split == "val" else self._read(split)
-        require_pictures(source)
-        return eval_batches(source, examples, self.batch_size, batches, **place)
+    @property
+    def collate(self) -> Callable[[list[dict[str, Any]]], PairBatch]:
+        sizes = {"pad_id": self.tokenizer.pad_id, "img_size": self.inputs.img_size}
+        return partial(_collate, num_answers=len(self.vocabulary), **sizes)
 
     def recorded(self) -> dict[str, str]:
-        """The list of answers with its hash, and which pictures validate."""
-        split = {
-            "validation_images": sorted(self._val_pictures),
-            "validation_questions": len(self._val),
-            "training_questions": len(self._learnable),
-            "without_listed_answer": len(self._train) - len(self._learnable),
-        }
-        return {ANSWERS_FILE: self.vocabulary.to_json(), SPLIT_FILE: json.dumps(split, indent=0) + "\n"}
-
-    def restore(self, files: Mapping[str, str]) -> None:
-        self.kept = files
+        """The list of answers with its hash, too."""
+        return {ANSWERS_FILE: self.vocabulary.to_json(), **super().recorded()}
 
     # ----------------------------------------------------------------------------------------- model
     def model(self, encoder: Encoder) -> VQAModel:
         return VQAModel(encoder, num_answers=len(self.vocabulary), sha256=self.vocabulary.sha256)
-
-    def prepare(self, batch: PairBatch, device: torch.device) -> PairBatch:
-        """``batch`` on ``device``, pictures in [-1, 1]."""
-        return batch.prepared(device)
 
     def num_targets(self, batch: PairBatch) -> dict[str, int]:
         """Questions."""
@@ -240,11 +176,11 @@ class VQA(Task):
     def baselines(self, device: torch.device) -> dict[str, float]:
         """Accuracy of always giving the most frequent training answer of the question's type."""
         counts: dict[str, Counter[str]] = defaultdict(Counter)
-        for example in self._train:
+        for example in self.remaining:
             for name in (example.record.question_type, ""):
                 counts[name][example.record.most_given] += 1
         best = {name: min(found, key=lambda a: (-found[a], a)) for name, found in counts.items()}
-        records = [_record(e) for e in self._val]
+        records = [_record(e) for e in self.val]
         scores = self.score([r | {"answer": best.get(r["question_type"], best[""])} for r in records])
         return {name: value for name, value in scores.items() if name != "ceiling"}
 
@@ -267,13 +203,12 @@ class VQA(Task):
 
 @dataclass(frozen=True)
 class _Examples:
-    """From an annotated question to a training or evaluation example; picklable for data workers."""
+    """From an annotated question to an example."""
 
     pictures: ImageTransform
     tokenizer: TextTokenizer
     max_len: int
     vocabulary: AnswerVocabulary
-    evaluation: bool
 
     def __call__(self, example: Example, rng: np.random.Generator) -> dict[str, Any]:
         question: Question = example.record
@@ -281,7 +216,7 @@ class _Examples:
             "pictures": [self.pictures(example.picture(), rng)],
             "text": self.tokenizer.encode(question.question, self.max_len),
             "targets": self.vocabulary.targets(question.answers or ()),
-            "record": _record(example) if self.evaluation else {"id": question.question_id},
+            "record": _record(example),
         }
 
 
@@ -304,11 +239,3 @@ def _collate(examples: list[dict[str, Any]], *, num_answers: int, **sizes: Any) 
         for number, value in example["targets"].items():
             targets[row, number] = value
     return collate(examples, targets, num_pictures=1, **sizes)
-
-
-def _collate_step(batches: Any, streams: Mapping[str, list[dict[str, Any]]]) -> PairBatch:
-    return batches(streams["questions"])
-
-
-def _both(files: Mapping[str, list[str]]) -> tuple[list[str], list[str]]:
-    return files["questions"], files["annotations"]

@@ -151,7 +151,8 @@ class _Run:
         else:
             self._restore(found)
             self.log.cut(self.progress.step, self.progress.evaluated)
-        distributed.on_main(lambda: resume.keep_recorded(self.run_dir, self.task.recorded()))
+        goes_on = found is not None
+        distributed.on_main(lambda: resume.keep_recorded(self.run_dir, self.task.recorded(), goes_on=goes_on))
         if distributed.is_main():
             resume.write_config(self.run_dir / "config.yaml", self.config)
 

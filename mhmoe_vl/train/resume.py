@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -72,20 +71,18 @@ def refuse_changes(saved: Path, config: RunConfig) -> None:
 
 def write_config(path: Path, config: RunConfig) -> None:
     """Save the resolved configuration as YAML, all or nothing."""
-    part = path.with_suffix(".part")
-    part.write_text(configuration.dump(config), encoding="utf-8")
-    os.replace(part, path)
+    write_texts(path.parent, {path.name: configuration.dump(config)})
 
 
-def keep_recorded(run_dir: Path, files: Mapping[str, str]) -> None:
-    """Write what a task records of its data to ``run_dir/recorded``; hold a run that goes on to what it recorded.
+def keep_recorded(run_dir: Path, files: Mapping[str, str], *, goes_on: bool) -> None:
+    """Write what a task records of its data to ``run_dir/recorded``; hold a run that goes on to what is there.
 
     Raises:
         ConfigError: the data are not those that the run began with.
     """
     for name, text in files.items():
         path = run_dir / "recorded" / name
-        if path.is_file() and path.read_text(encoding="utf-8") != text:
+        if goes_on and path.is_file() and path.read_text(encoding="utf-8") != text:
             raise ConfigError(f"{path}: the data now give another one (restore the data, or name another output_dir)")
     write_texts(run_dir / "recorded", files)
 

@@ -20,7 +20,6 @@ from hypothesis import strategies as st
 from mhmoe_vl.data.loader import (
     StepDataset,
     StreamedShards,
-    bad_samples,
     eval_batches,
     sample_at,
     sample_order,
@@ -267,29 +266,3 @@ def test_a_bad_sample_stops_evaluation(packed: Pack, workers: int) -> None:
 def test_evaluation_needs_an_index(packed: Pack) -> None:
     with pytest.raises(ConfigError, match="evaluation needs a manifest"):
         eval_batches(StreamedShards([str(packed()[0])]), draw, 4, list)
-
-
-def test_all_bad_samples_of_a_set_are_found_without_a_run(packed: Pack) -> None:
-    paths = packed(10, 5)
-    source = ShardSet([str(path) for path in paths])
-    data = bytearray(paths[0].read_bytes())
-    data[600] ^= 1
-    paths[0].write_bytes(data)
-    visited = []
-
-    def transform(sample: Sample, rng: np.random.Generator) -> None:
-        visited.append((sample.key, rng.random()))
-        if sample.key == "00007":
-            raise BadSample("picture of 0 x 0 pixels", reason="image size")
-
-    found = list(bad_samples(source, transform, seed=3))
-    assert [error.reason for error in found] == ["checksum", "image size"]
-    assert str(found[0]).startswith(f"{paths[0]}:00000.jpg: ")
-    assert str(found[1]) == f"{paths[1]}:00007: picture of 0 x 0 pixels"
-    assert visited == [(f"{i:05d}", sample_rng(3, 0, i).random()) for i in range(1, 10)]
-    assert not list(bad_samples(numbered(4), draw))
-
-
-def test_a_check_of_all_samples_needs_an_index(packed: Pack) -> None:
-    with pytest.raises(ConfigError, match="a check of all samples needs a manifest"):
-        list(bad_samples(StreamedShards([str(packed()[0])]), draw))

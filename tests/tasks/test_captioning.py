@@ -2,77 +2,28 @@
 
 from __future__ import annotations
 
-import io
 import json
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
-from tiny_world import COLORS, write_settings
+from tiny_finetune import annotated, finetune, settings, write_captions
+from tiny_world import write_settings
 from torch.nn import functional as F
 
 from mhmoe_vl import cli, commands, config
-from mhmoe_vl.tasks.base import InputSpec, ModelOutput
-from mhmoe_vl.tasks.captioning import NOT_HIDDEN, CaptionBatch, Captioning, hide
-
-ENCODER = {
-    "embed_dim": 32, "depth": 2, "num_heads": 2, "img_size": 32, "patch_size": 8, "vocab_size": 49410,
-    "max_text_len": 16, "ffn": {"kind": "mh_moe", "num_experts": 4, "hidden_dim": 16, "top_k": 2, "num_subtokens": 4},
-}  # fmt: skip
+from mhmoe_vl.tasks.base import ModelOutput
+from mhmoe_vl.tasks.captioning import NOT_HIDDEN, CaptionBatch, hide
 
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    """One-coloured pictures; captions in COCO's and Karpathy's form."""
-    folder = tmp_path_factory.mktemp("captions")
-    (folder / "images").mkdir()
-    images, annotations, listed = [], [], []
-    for number in range(40):
-        color, name = list(COLORS)[number % len(COLORS)], f"{number:012d}.jpg"
-        file = io.BytesIO()
-        Image.fromarray(np.full((32, 32, 3), COLORS[color], np.uint8)).save(file, "jpeg")
-        (folder / "images" / name).write_bytes(file.getvalue())
-        texts = [f"a {color} picture", f"the {color} one is here"]
-        images.append({"id": number, "file_name": name})
-        annotations += [{"id": 2 * number + i, "image_id": number, "caption": text} for i, text in enumerate(texts)]
-        split = "test" if number >= 36 else "val" if number >= 28 else "restval" if number >= 24 else "train"
-        about = {"filename": name, "filepath": "images", "cocoid": number, "imgid": number, "split": split}
-        listed.append(about | {"sentences": [{"raw": text} for text in texts]})
-    (folder / "coco.json").write_text(json.dumps({"images": images, "annotations": annotations}))
-    (folder / "dataset_coco.json").write_text(json.dumps({"images": listed, "dataset": "coco"}))
-    return folder
-
-
-def files(name: str) -> dict[str, str]:
-    return {"annotations": name, "images": "images"}
-
-
-def settings(world, out, **task):
-    return {
-        "output_dir": str(out),
-        "encoder": ENCODER,
-        "task": {
-            "kind": "captioning", "data_dir": str(world), "train": files("coco.json"), "val_fraction": 0.2,
-            "batch_size": 16, "max_text_len": 10, "num_beams": 2,
-            "augment": {"min_crop": 1.0, "flip": 0.0, "color_jitter": 0.0}, **task,
-        },
-        "optim": {"lr": 5e-3, "warmup_steps": 2},
-        "train": {
-            "steps": 60, "log_every": 20, "num_workers": 0, "threads": 1, "precision": "float32", "device": "cpu",
-        },
-    }  # fmt: skip
-
-
-def finetune(path, *arguments) -> int:
-    with pytest.raises(SystemExit) as stopped:
-        cli.run("captioning", "", "", ["--config", str(path), *map(str, arguments)])
-    return stopped.value.code
+    return write_captions(tmp_path_factory.mktemp("captions"))
 
 
 def test_it_learns_to_write(world, tmp_path):
-    path = write_settings(tmp_path / "c.yaml", settings(world, tmp_path / "run", label_smoothing=0.0))
-    assert finetune(path, "--train.steps", 250, "--train.log_every", 50) == 0
+    path = write_settings(tmp_path / "c.yaml", settings("captioning", world, tmp_path / "run", label_smoothing=0.0))
+    assert finetune("captioning", "--config", path, "--train.steps", 250, "--train.log_every", 50) == 0
     summary = json.loads((tmp_path / "run/summary.json").read_text())
     assert summary["CIDEr/after"] > 3 * summary["CIDEr/baseline"]
     records = [json.loads(x) for x in (tmp_path / "run/predictions/val_step-00000250.jsonl").read_text().splitlines()]
@@ -82,21 +33,19 @@ def test_it_learns_to_write(world, tmp_path):
 
 
 def test_karpathys_split_and_the_results_file(world, tmp_path):
-    karpathy = files("dataset_coco.json")
-    values = settings(world, tmp_path / "run", train=karpathy, test=karpathy, num_beams=1)
-    assert finetune(write_settings(tmp_path / "c.yaml", values), "--train.steps", 2) == 0
+    karpathy = annotated("dataset_coco.json")
+    values = settings("captioning", world, tmp_path / "run", train=karpathy, test=karpathy, num_beams=1)
+    assert finetune("captioning", "--config", write_settings(tmp_path / "c.yaml", values), "--train.steps", 2) == 0
     split = json.loads((tmp_path / "run/recorded/split.json").read_text())
-    assert (split["validation_pictures"], split["training_captions"]) == (8, 56)
-    with pytest.raises(SystemExit) as stopped:
-        cli.run("captioning", "", "", ["--eval", str(tmp_path / "run"), "--split", "test"])
-    assert stopped.value.code == 0
+    assert (split["validation_examples"], split["training_examples"]) == (8, 56)
+    assert finetune("captioning", "--eval", tmp_path / "run", "--split", "test") == 0
     results = json.loads((tmp_path / "run/predictions/test/captions_results.json").read_text())
     assert [entry["image_id"] for entry in results] == [36, 37, 38, 39]
 
 
 def test_the_results_file_passes_the_check(world, tmp_path):
-    values = settings(world, tmp_path / "run", val=files("coco.json"))
-    assert finetune(write_settings(tmp_path / "c.yaml", values), "--train.steps", 2) == 0
+    values = settings("captioning", world, tmp_path / "run", val=annotated("coco.json"))
+    assert finetune("captioning", "--config", write_settings(tmp_path / "c.yaml", values), "--train.steps", 2) == 0
     out = tmp_path / "scores.json"
     predictions = tmp_path / "run/predictions/captions_results.json"
     arguments = ["--predictions", predictions, "--annotations", world / "coco.json", "--json", out]
@@ -122,9 +71,10 @@ def test_what_is_hidden():
 
 
 def test_the_worst_tokens_are_left_out(world, tmp_path):
-    values = config.validate(config.RunConfig, settings(world, tmp_path, drop_worst_ratio=0.4, drop_worst_after=2))
-    options = values.task.model_dump(exclude={"kind"})
-    task = Captioning(InputSpec.of(values.encoder), seed=0, accumulate=1, **options)
+    values = config.validate(
+        config.RunConfig, settings("captioning", world, tmp_path, drop_worst_ratio=0.4, drop_worst_after=2)
+    )
+    task = cli.build_task(values)
     steps = task.dataset("train")
     assert [steps[step][0].drop for step in (0, 1, 2, 3)] == [0, 0, 0.4, 0.4]
     targets = torch.tensor([[NOT_HIDDEN, 1, 2], [3, 0, 1]])
@@ -139,14 +89,21 @@ def test_the_worst_tokens_are_left_out(world, tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"train": files("none.json")}, "none.json: No such file"),
-        ({"val": {"annotations": "coco.json", "images": "nowhere"}}, "nowhere: No such file or directory"),
+        ({"train": annotated("none.json")}, "none.json: No such file"),
+        ({"val": annotated("coco.json", "nowhere")}, "nowhere: No such file or directory"),
         ({"max_text_len": 40}, "max_text_len: 40 with encoder.max_text_len 16"),
         ({"label_smoothing": 1.0}, "label_smoothing"),
     ],
 )
 def test_mistakes_are_one_line_before_training(world, tmp_path, capsys, change, message):
-    assert finetune(write_settings(tmp_path / "c.yaml", settings(world, tmp_path / "run", **change))) == 2
+    assert (
+        finetune(
+            "captioning",
+            "--config",
+            write_settings(tmp_path / "c.yaml", settings("captioning", world, tmp_path / "run", **change)),
+        )
+        == 2
+    )
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
     assert not (tmp_path / "run" / "checkpoints").exists()
