@@ -4,7 +4,7 @@ Shards: OUT/pairs/{train,val}: jpg; txt, a caption (half are English, the rest G
 json, the ground truth. OUT/images/{train,val}: jpg. OUT/texts/{train,val}: txt, captions of other scenes, the five
 languages alike often. Beside the shards of pairs and images, scenes.jsonl holds the ground truth by key.
 Official files with folders of pictures: OUT/vqa, VQA v2; OUT/nlvr2, NLVR2, two statements about four pairs each;
-OUT/captions, COCO's captions, five a picture.
+OUT/captions, COCO's captions, five a picture; OUT/coco, COCO's instances with masks, the category is the shape.
 No validation scene has the content of a training scene of its stream, no validation text is a training text, and no
 statement stands in both train.json and dev.json.
 """
@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from packing import make_parser, pack, positive_number, run, sample_key, whole_number
 from scene_captions import LANGUAGES, caption
-from scene_coco import captions_files, make_captioned
+from scene_coco import captions_files, instances_files, make_captioned, make_instances
 from scene_drawing import Scene, pick, sample_scene
 from scene_files import Files, encode, write_files
 from scene_questions import make_asked, vqa_files
@@ -145,6 +145,13 @@ STREAMS = {
     ),
     "captions": Stream(
         2000, "pictures with 5 English captions each", make_captioned, scene_content, official(captions_files)
+    ),
+    "coco": Stream(
+        2000,
+        "pictures with boxes and masks",
+        make_instances,
+        lambda item: scene_content(item) if item.scene.objects else set(),
+        official(instances_files),
     ),
 }
 
