@@ -17,7 +17,7 @@ import numpy as np
 from scene_captions import ENGLISH
 from scene_drawing import BACKGROUNDS, Scene, pick, sample_scene
 from scene_files import Files
-from scene_questions import article, find, phrase, some_look
+from scene_looks import Look, any_look, find, look_of, phrase, with_article
 
 NUM_PAIRS = 4
 DEV_SHARE = 5
@@ -99,18 +99,20 @@ class StatementSet(NamedTuple):
 # -------------------------------------------------------------------------------------------- targets
 def look_target(rng: np.random.Generator) -> Target:
     """ "a star", "a red shape" or "a red star"."""
-    look = some_look(rng, [("shape",), ("color",), ("shape", "color")])
+    look = any_look(rng, pick(rng, (("shape",), ("color",), ("shape", "color"))))
 
     def plant(scene: Scene, rng: np.random.Generator) -> Scene:
         return _repaint(scene, int(rng.integers(len(scene.objects))), look)
 
-    return Target(article(phrase(look)), ("shows", "contains", "has"), lambda scene: bool(find(scene, look)), plant)
+    return Target(
+        with_article(phrase(look)), ("shows", "contains", "has"), lambda scene: bool(find(scene, look)), plant
+    )
 
 
 def background_target(rng: np.random.Generator) -> Target:
     """ "a pink background"."""
     color = pick(rng, tuple(BACKGROUNDS))
-    words = f"{article(color)} background"
+    words = f"{with_article(color)} background"
     return Target(
         words,
         ("has", "shows"),
@@ -129,11 +131,11 @@ def count_target(rng: np.random.Generator) -> Target:
 
 def relation_target(rng: np.random.Generator) -> Target:
     """ "a red star above a blue ring"."""
-    first, second = (some_look(rng, [("shape", "color")]) for _ in range(2))
+    first, second = (any_look(rng, ("shape", "color")) for _ in range(2))
     relation = pick(rng, tuple(ENGLISH.relations))
 
     def shown(scene: Scene) -> bool:
-        looks = [{"shape": item.shape, "color": item.color} for item in scene.objects]
+        looks = [look_of(item, ("shape", "color")) for item in scene.objects]
         return any((looks[i], r, looks[j]) == (first, relation, second) for i, r, j in scene.relations())
 
     def plant(scene: Scene, rng: np.random.Generator) -> Scene:
@@ -145,11 +147,11 @@ def relation_target(rng: np.random.Generator) -> Target:
         i, _, j = pick(rng, found)
         return _repaint(_repaint(scene, i, first), j, second)
 
-    words = f"{article(phrase(first))} {ENGLISH.relations[relation]} {article(phrase(second))}"
+    words = f"{with_article(phrase(first))} {ENGLISH.relations[relation]} {with_article(phrase(second))}"
     return Target(words, ("shows", "contains", "has"), shown, plant)
 
 
-def _repaint(scene: Scene, number: int, look: dict[str, str]) -> Scene:
+def _repaint(scene: Scene, number: int, look: Look) -> Scene:
     """The scene with other attributes of one object; as it was where two objects would then be alike."""
     item = replace(scene.objects[number], **look)
     others = (*scene.objects[:number], *scene.objects[number + 1 :])

@@ -4,7 +4,8 @@ Shards: OUT/pairs/{train,val}: jpg; txt, a caption (half are English, the rest G
 json, the ground truth. OUT/images/{train,val}: jpg. OUT/texts/{train,val}: txt, captions of other scenes, the five
 languages alike often. Beside the shards of pairs and images, scenes.jsonl holds the ground truth by key.
 Official files with folders of pictures: OUT/vqa, VQA v2; OUT/nlvr2, NLVR2, two statements about four pairs each;
-OUT/captions, COCO's captions, five a picture; OUT/coco, COCO's instances with masks, the category is the shape.
+OUT/captions, COCO's captions, five a picture; OUT/coco, COCO's instances with masks, the category is the shape;
+OUT/imagefolder/{train,val}/<shape>, one shape a picture.
 No validation scene has the content of a training scene of its stream, no validation text is a training text, and no
 statement stands in both train.json and dev.json.
 """
@@ -20,11 +21,12 @@ from typing import Any, NamedTuple
 import numpy as np
 from packing import make_parser, pack, positive_number, run, sample_key, whole_number
 from scene_captions import LANGUAGES, caption
+from scene_classes import class_files, make_row
 from scene_coco import captions_files, instances_files, make_captioned, make_instances
-from scene_drawing import Scene, pick, sample_scene
+from scene_drawing import SHAPES, Scene, pick, sample_scene
 from scene_files import Files, encode, write_files
-from scene_questions import make_asked, vqa_files
 from scene_statements import is_for_dev, make_statements, nlvr2_files
+from scene_vqa import make_asked, vqa_files
 
 from mhmoe_vl.data.manifest import write_text
 from mhmoe_vl.data.writing import Members
@@ -153,6 +155,7 @@ STREAMS = {
         lambda item: scene_content(item) if item.scene.objects else set(),
         official(instances_files),
     ),
+    "imagefolder": Stream(100, f"pictures of each of the {len(SHAPES)} classes", make_row, set, official(class_files)),
 }
 
 
@@ -181,8 +184,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     val_help = "validation examples per training example, drawn in addition"
     parser = make_parser(__doc__, val_fraction=0.1, val_help=val_help)
     for name, stream in STREAMS.items():
-        help = f"training examples, {stream.counted}; 0: leave out"
-        parser.add_argument(f"--{name}", type=whole_number, default=stream.count, help=help)
+        count_help = f"training examples, {stream.counted}; 0: leave out"
+        parser.add_argument(f"--{name}", type=whole_number, default=stream.count, help=count_help)
     size_help = f"side of the pictures in pixels, {MIN_SIZE} to {MAX_SIZE}"
     parser.add_argument("--size", type=positive_number, default=128, help=size_help)
     args = parser.parse_args(argv)
