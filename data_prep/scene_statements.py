@@ -27,27 +27,6 @@ NUM_DIRECTORIES = 100
 
 VERBS = {"shows": "show", "contains": "contain", "has": "have"}
 IMAGES = ("image", "picture")
-SIDES, ALL, SOME = 0, 1, 2
-QUANTIFIED = {
-    SIDES: (
-        ("The left {image} {shows} {target}.", "The right {image} {shows} {target}."),
-        ("The {image} on the left {shows} {target}.", "The {image} on the right {shows} {target}."),
-    ),
-    ALL: (
-        ("Both {image}s {show} {target}.", "Only one {image} {shows} {target}."),
-        ("Each {image} {shows} {target}.", "Exactly one {image} {shows} {target}."),
-    ),
-    SOME: (
-        ("At least one {image} {shows} {target}.", "Neither {image} {shows} {target}."),
-        ("One or both {image}s {show} {target}.", "No {image} {shows} {target}."),
-    ),
-}
-TRUE_OF: dict[int, Callable[[bool, bool], tuple[bool, bool]]] = {
-    SIDES: lambda left, right: (left and not right, right and not left),
-    ALL: lambda left, right: (left and right, left != right),
-    SOME: lambda left, right: (left or right, not (left or right)),
-}
-"""Whether each of two statements is true, from whether the left and the right picture show the target."""
 SUBJECTS = ("The two {image}s", "The {image}s", "The left and the right {image}")
 ALIKE = {
     "background": (
@@ -64,20 +43,52 @@ ALIKE = {
 OTHERS = ("the {other} one", "the {other} {image}", "the other {image}", "the other one")
 
 
+class Quantifier(NamedTuple):
+    """Twos of sentence patterns, and which is true, from whether the left and the right picture show the target."""
+
+    patterns: tuple[tuple[str, str], ...]
+    true_of: Callable[[bool, bool], tuple[bool, bool]]
+
+
+QUANTIFIERS = (
+    Quantifier(
+        (
+            ("The left {image} {shows} {target}.", "The right {image} {shows} {target}."),
+            ("The {image} on the left {shows} {target}.", "The {image} on the right {shows} {target}."),
+        ),
+        lambda left, right: (left, right),
+    ),
+    Quantifier(
+        (
+            ("Both {image}s {show} {target}.", "Only one {image} {shows} {target}."),
+            ("Each {image} {shows} {target}.", "Exactly one {image} {shows} {target}."),
+        ),
+        lambda left, right: (left and right, left != right),
+    ),
+    Quantifier(
+        (
+            ("At least one {image} {shows} {target}.", "Neither {image} {shows} {target}."),
+            ("One or both {image}s {show} {target}.", "No {image} {shows} {target}."),
+        ),
+        lambda left, right: (left or right, not (left or right)),
+    ),
+)
+
+
 class Target(NamedTuple):
     """Something that a picture shows or does not.
 
     Attributes:
         words: what stands behind the verb.
-        verbs: that go with them, third person.
         shown: whether a scene shows it.
         plant: changes a scene so that it is likely to show it.
+        verbs: that go with the words, third person.
     """
 
     words: str
-    verbs: tuple[str, ...]
     shown: Callable[[Scene], bool]
     plant: Callable[[Scene, np.random.Generator], Scene]
+    verbs: tuple[str, ...] = tuple(VERBS)
 
 
 class Topic(NamedTuple):
@@ -104,38 +115,36 @@ def look_target(rng: np.random.Generator) -> Target:
     def plant(scene: Scene, rng: np.random.Generator) -> Scene:
         return _repaint(scene, int(rng.integers(len(scene.objects))), look)
 
-    return Target(
-        with_article(phrase(look)), ("shows", "contains", "has"), lambda scene: bool(find(scene, look)), plant
-    )
+    return Target(with_article(phrase(look)), lambda scene: bool(find(scene, look)), plant)
 
 
 def background_target(rng: np.random.Generator) -> Target:
     """ "a pink background"."""
     color = pick(rng, tuple(BACKGROUNDS))
-    words = f"{with_article(color)} background"
-    return Target(
-        words,
-        ("has", "shows"),
-        lambda scene: scene.background == color,
-        lambda scene, _: replace(scene, background=color),
-    )
+
+    def plant(scene: Scene, rng: np.random.Generator) -> Scene:
+        return replace(scene, background=color)
+
+    return Target(f"{with_article(color)} background", lambda scene: scene.background == color, plant, ("has", "shows"))
 
 
 def count_target(rng: np.random.Generator) -> Target:
-    """ "two shapes": so many, not more."""
+    """ "exactly two shapes"; so frequent that none need be planted."""
     count = int(rng.integers(len(ENGLISH.counts)))
     words = f"exactly {ENGLISH.counts[count]}"
-    shown = lambda scene: len(scene.objects) == count + 1  # noqa: E731
-    return Target(words, ("shows", "contains", "has"), shown, lambda scene, _: scene)
+    return Target(words, lambda scene: len(scene.objects) == count + 1, lambda scene, rng: scene)
 
 
 def relation_target(rng: np.random.Generator) -> Target:
     """ "a red star above a blue ring"."""
-    first, second = (any_look(rng, ("shape", "color")) for _ in range(2))
+    names = ("shape", "color")
+    first = second = any_look(rng, names)
+    while second == first:
+        second = any_look(rng, names)
     relation = pick(rng, tuple(ENGLISH.relations))
 
     def shown(scene: Scene) -> bool:
-        looks = [look_of(item, ("shape", "color")) for item in scene.objects]
+        looks = [look_of(item, names) for item in scene.objects]
         return any((looks[i], r, looks[j]) == (first, relation, second) for i, r, j in scene.relations())
 
     def plant(scene: Scene, rng: np.random.Generator) -> Scene:
@@ -148,7 +157,7 @@ def relation_target(rng: np.random.Generator) -> Target:
         return _repaint(_repaint(scene, i, first), j, second)
 
     words = f"{with_article(phrase(first))} {ENGLISH.relations[relation]} {with_article(phrase(second))}"
-    return Target(words, ("shows", "contains", "has"), shown, plant)
+    return Target(words, shown, plant)
 
 
 def _repaint(scene: Scene, number: int, look: Look) -> Scene:
@@ -167,15 +176,15 @@ TARGETS = (look_target, look_target, look_target, background_target, background_
 def quantified_topic(rng: np.random.Generator) -> Topic:
     """Statements about which of the pictures show a target."""
     target = pick(rng, TARGETS)(rng)
-    quantifier, verb = pick(rng, tuple(QUANTIFIED)), pick(rng, target.verbs)
+    quantifier, verb = pick(rng, QUANTIFIERS), pick(rng, target.verbs)
     words = {"image": pick(rng, IMAGES), "shows": verb, "show": VERBS[verb], "target": target.words}
-    first, second = (pattern.format(**words) for pattern in pick(rng, QUANTIFIED[quantifier]))
+    first, second = (pattern.format(**words) for pattern in pick(rng, quantifier.patterns))
 
     def draw(rng: np.random.Generator, image_size: int) -> Scene:
         scene = sample_scene(rng, image_size)
         return target.plant(scene, rng) if rng.integers(2) else scene
 
-    return Topic((first, second), lambda *pair: TRUE_OF[quantifier](*map(target.shown, pair)), draw)
+    return Topic((first, second), lambda *pair: quantifier.true_of(*map(target.shown, pair)), draw)
 
 
 def alike_topic(rng: np.random.Generator) -> Topic:
