@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 from scene_captions import ENGLISH
-from scene_drawing import Scene, SceneObject, pick
+from scene_drawing import BACKGROUNDS, Scene, SceneObject, pick
 from scene_looks import VALUES, any_look, find, look_of, phrase, with_article
 
 MIDDLE, CLEAR = 0.12, 1.5
@@ -111,6 +111,13 @@ def ask_background(scene: Scene, rng: np.random.Generator) -> Question:
     return Question("What color is the background?", scene.background.replace("grey", "gray"))
 
 
+def ask_if_background(scene: Scene, rng: np.random.Generator) -> Question:
+    """ "Is the background pink?" """
+    true = bool(rng.integers(2))
+    said = scene.background if true else pick(rng, [other for other in BACKGROUNDS if other != scene.background])
+    return _yes_or_no(f"Is the background {said.replace('grey', 'gray')}?", true)
+
+
 def ask_list(scene: Scene, rng: np.random.Generator) -> Question | None:
     """ "Which shapes are there?", now and then.
 
@@ -123,9 +130,11 @@ def ask_list(scene: Scene, rng: np.random.Generator) -> Question | None:
 
 
 KINDS = (
-    *(ask_presence, ask_presence, ask_attribute, ask_relation, ask_total, ask_count, ask_color, ask_color),
-    *(ask_shape, ask_size, ask_place, ask_neighbor, ask_background, ask_list),
+    *(ask_background, ask_background, ask_background, ask_if_background, ask_if_background, ask_total, ask_total),
+    *(ask_presence, ask_presence, ask_count, ask_color, ask_color, ask_shape, ask_size),
+    *(ask_attribute, ask_place, ask_relation, ask_neighbor, ask_list),
 )
+"""Kinds of questions, each as often as it is asked: from what a small model learns at once to what it hardly does."""
 
 
 def ask(scene: Scene, rng: np.random.Generator, num_questions: int) -> list[Question]:
