@@ -49,7 +49,7 @@ class VQAModel(EncoderModel):
         super().__init__(encoder)
         self.pooler = Pooler(encoder.embed_dim, norm_eps=encoder.norm_eps)
         self.head = answer_head(encoder.embed_dim, num_answers, norm_eps=encoder.norm_eps)
-        self.answers = ClassList(sha256)
+        self.answers = ClassList(sha256, layer="head.3")
 
     def forward(self, batch: PairBatch) -> ModelOutput:
         """``logits (B, A)``."""
