@@ -243,7 +243,7 @@ class _TrainExamples:
     def __call__(self, example: Example, rng: np.random.Generator) -> dict[str, Any]:
         ids = np.asarray(self.tokenizer.encode(example.record.captions[0], self.max_len))
         shown, targets = hide(ids, self.mask_ratio, self.tokenizer.mask_id, self.tokenizer.vocab_size, rng)
-        picture = self.pictures(example.picture(), rng)
+        picture = example.pixels(self.pictures, rng)
         return {"pictures": [picture], "text": shown, "targets": targets, "record": {"id": example.key}}
 
 
@@ -254,7 +254,7 @@ class _EvalExamples:
     pictures: ImageTransform
 
     def __call__(self, example: Example, rng: np.random.Generator) -> dict[str, Any]:
-        picture = self.pictures(example.picture(), rng)
+        picture = example.pixels(self.pictures, rng)
         return {"pictures": [picture], "text": [], "targets": [], "record": _record(example)}
 
 

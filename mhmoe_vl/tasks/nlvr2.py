@@ -169,7 +169,7 @@ class _Examples:
     max_len: int
 
     def __call__(self, example: Example, rng: np.random.Generator) -> dict[str, Any]:
-        pictures = [self.transform(example.picture(number), rng, region) for number, region in self.regions]
+        pictures = [example.pixels(self.transform, rng, region, number=number) for number, region in self.regions]
         text = self.tokenizer.encode(example.record.sentence, self.max_len)
         return {"pictures": pictures, "text": text, "record": _record(example)}
 

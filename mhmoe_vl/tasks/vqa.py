@@ -213,7 +213,7 @@ class _Examples:
     def __call__(self, example: Example, rng: np.random.Generator) -> dict[str, Any]:
         question: Question = example.record
         return {
-            "pictures": [self.pictures(example.picture(), rng)],
+            "pictures": [example.pixels(self.pictures, rng)],
             "text": self.tokenizer.encode(question.question, self.max_len),
             "targets": self.vocabulary.targets(question.answers or ()),
             "record": _record(example),

@@ -30,8 +30,8 @@ def param_groups(model: nn.Module, config: OptimConfig) -> list[dict]:
     """timm's parameter groups: no weight decay for vectors and for what any submodule's ``no_weight_decay()`` names.
 
     With ``layer_decay`` below 1 each group has an ``lr_scale``, by the model's ``group_matcher()``. A
-    ``head_lr_factor`` multiplies the ``lr_scale`` of parameters below the submodule ``head``, as BEiT-3's optim_factory.py
-    does: a pooler before it learns as its layer does.
+    ``head_lr_factor`` multiplies the ``lr_scale`` of parameters below the submodule ``head``, as BEiT-3's
+    optim_factory.py does: a pooler before it learns as its layer does.
 
     Raises:
         ConfigError: layer decay is asked of a model that does not say which layers it has, or a factor for the head

@@ -70,8 +70,8 @@ def test_layer_decay_needs_layers():
 
 
 class Headed(nn.Module):
-    """An encoder with layers, one of them called head, a head of its own, and a norm as deep as the stem that is neither
-    in the encoder nor in the head, whatever its name begins with."""
+    """An encoder with layers, one of them called head, a head of its own, and a norm as deep as the stem that is in
+    neither of them, whatever its name begins with."""
 
     def __init__(self):
         super().__init__()
