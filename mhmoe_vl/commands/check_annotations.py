@@ -102,11 +102,9 @@ def _bad_pictures(wanted: Mapping[Path, tuple[Path, str]]) -> Iterator[Finding]:
 
     for picture, (path, place) in tqdm(wanted.items(), unit="picture", disable=None):
         try:
-            data = read_picture(picture)
+            decode_image(read_picture(picture))
+        except OSError as error:
+            yield Finding(str(path), place, "missing image", f"{picture}: {error.strerror}")
         except BadSample as error:
-            yield Finding(str(path), place, error.reason, str(error))
-            continue
-        try:
-            decode_image(data)
-        except BadSample as error:
-            yield Finding(str(path), place, "unreadable image", f"{picture}: {error}")
+            what = str(error).removeprefix(f"{picture}: ")
+            yield Finding(str(path), place, "unreadable image", f"{picture}: {what}")

@@ -42,10 +42,13 @@ class Example:
 
     def picture(self, number: int = 0) -> bytes:
         """An encoded picture; a :class:`BadSample` when it cannot be read."""
+        path = self.pictures[number]
         try:
-            return read_picture(self.pictures[number])
+            return read_picture(path)
         except BadSample as error:
             raise self.bad(error.reason, str(error)) from error
+        except OSError as error:
+            raise self.bad("missing image", f"{path}: {error.strerror}") from error
 
     def pixels(self, transform: Callable[..., Tensor], *arguments: Any, number: int = 0) -> Tensor:
         """``transform(picture, *arguments)``; a :class:`BadSample` that names the picture when it is damaged."""
@@ -61,14 +64,16 @@ class Example:
         return BadSample(message, reason=reason, shard=self.source, member=self.key)
 
 
-def read_picture(path: Path) -> bytes:
-    """An encoded picture; a :class:`BadSample` when it is missing or too large."""
-    try:
-        if path.stat().st_size > MAX_MEMBER_BYTES:
-            raise BadSample(f"{path}: more than {MAX_MEMBER_BYTES} bytes", reason="image size")
-        return path.read_bytes()
-    except OSError as error:
-        raise BadSample(f"{path}: {error.strerror}", reason="missing image") from error
+def read_picture(path: str | Path) -> bytes:
+    """An encoded picture; OSError when it cannot be read.
+
+    Raises:
+        BadSample: it is larger than any picture should be.
+    """
+    path = Path(path)
+    if path.stat().st_size > MAX_MEMBER_BYTES:
+        raise BadSample(f"{path}: more than {MAX_MEMBER_BYTES} bytes", reason="image size")
+    return path.read_bytes()
 
 
 class PictureFolders:

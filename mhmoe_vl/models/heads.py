@@ -82,7 +82,7 @@ class ClassList(nn.Module):
         layer: name in the model of the layer whose outputs the classes are.
     """
 
-    def __init__(self, sha256: str, layer: str = "head") -> None:
+    def __init__(self, sha256: str, layer: str) -> None:
         super().__init__()
         self.layer = layer
         self.register_buffer("sha256", torch.tensor(list(bytes.fromhex(sha256)), dtype=torch.uint8))

@@ -30,7 +30,7 @@ from .annotated_task import AnnotatedTask, listed
 from .answers import AnswerVocabulary
 from .base import InputSpec, ModelOutput, Record
 from .encoder_model import EncoderModel
-from .pair_batch import PairBatch, collate
+from .pair_batch import PairBatch, collate, read_text
 
 NUM_CANDIDATES = 5
 ANSWERS_FILE = "answers.json"
@@ -214,7 +214,7 @@ class _Examples:
         question: Question = example.record
         return {
             "pictures": [example.pixels(self.pictures, rng)],
-            "text": self.tokenizer.encode(question.question, self.max_len),
+            **read_text(self.tokenizer, question.question, self.max_len),
             "targets": self.vocabulary.targets(question.answers or ()),
             "record": _record(example),
         }

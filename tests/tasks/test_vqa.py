@@ -122,8 +122,8 @@ def test_every_answer_starts_as_one_of_many():
 
 
 def test_a_class_list_knows_its_own():
-    ours, theirs = ClassList("ab" * 32), ClassList("cd" * 32)
-    ours.load_state_dict(ClassList("ab" * 32).state_dict())
+    ours, theirs = ClassList("ab" * 32, "head"), ClassList("cd" * 32, "head")
+    ours.load_state_dict(ClassList("ab" * 32, "head").state_dict())
     with pytest.raises(CheckpointError, match=r"for the list of classes cdcdcdcdcdcd\.\.\., this one is abababababab"):
         ours.load_state_dict(theirs.state_dict())
 
