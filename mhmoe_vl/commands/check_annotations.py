@@ -15,9 +15,6 @@ from ..data.sample import BadSample
 from ..errors import DataError
 from .findings import AnnotationFile, Finding, Report
 
-Links = dict[str, dict[Path, dict[int, int]]]
-"""By kind and file, what the ids in it are about."""
-
 
 def check_annotations(paths: Sequence[Path], kind: str | None, images: Sequence[Path], report: Report) -> None:
     """Check every file by its kind, files about the same ids against each other, and each picture once.
@@ -34,45 +31,53 @@ def check_annotations(paths: Sequence[Path], kind: str | None, images: Sequence[
     for path in paths:
         if not path.is_file():
             raise DataError(f"{path}: no such file (name an annotation file)")
-    folders = PictureFolders(images) if images else None
-    wanted: dict[Path, tuple[Path, str]] = {}
-    links: Links = {}
+    checker = _Checker(PictureFolders(images) if images else None, report)
     for path in tqdm(paths, unit="file", disable=None):
+        checker.check_file(path, kind)
+    report.problems += _unmatched(checker.links)
+    report.problems += _bad_pictures(checker.wanted)
+
+
+class _Checker:
+    """Files one by one, and what is left to check once all are known.
+
+    Args:
+        folders: of pictures, where these are to be checked.
+        report: to add to.
+
+    Attributes:
+        wanted: file and place that need a picture first.
+        links: by kind and file, what the ids in it are about.
+    """
+
+    def __init__(self, folders: PictureFolders | None, report: Report) -> None:
+        self.folders, self.report = folders, report
+        self.wanted: dict[Path, tuple[Path, str]] = {}
+        self.links: dict[str, dict[Path, dict[int, int]]] = {}
+
+    def check_file(self, path: Path, kind: str | None) -> None:
+        """Add what is wrong in a file, pictures aside."""
         name, parsed = parse(path, kind)
-        report.problems += [Finding(str(path), place, "syntax", what) for place, what in parsed.problems]
+        self.report.problems += [Finding(str(path), place, "syntax", what) for place, what in parsed.problems]
         if name is not None and parsed.content is not None:
-            _check_content(path, name, parsed.content, folders, wanted, links, report)
-            continue
-        report.files.append(AnnotationFile(str(path), name or "", 0, 0))
+            self._check_content(path, name, parsed.content)
+            return
+        self.report.files.append(AnnotationFile(str(path), name or "", 0, 0))
         if not parsed.problems:
             what = f"none of the kinds that are known by their content (name it with --kind: {', '.join(KINDS)})"
-            report.problems.append(Finding(str(path), "", "kind", what))
-    report.problems += _unmatched(links)
-    report.problems += _bad_pictures(wanted)
+            self.report.problems.append(Finding(str(path), "", "kind", what))
 
-
-def _check_content(
-    path: Path,
-    name: str,
-    content: Any,
-    folders: PictureFolders | None,
-    wanted: dict[Path, tuple[Path, str]],
-    links: Links,
-    report: Report,
-) -> None:
-    """Add what is wrong inside a file to ``report``, its pictures to ``wanted`` and its ids to ``links``."""
-    kind = KINDS[name]
-    problems = list(kind.problems(content))
-    pictures, more = ([], []) if folders is None else _pictures(path, kind, content, folders)
-    problems += more
-    for place, picture in pictures:
-        wanted.setdefault(picture, (path, place))
-    unchecked = folders is None and kind.pictures is not None
-    count = None if unchecked else len({picture for _, picture in pictures})
-    if kind.links is not None:
-        links.setdefault(name, {})[path] = kind.links(content)
-    report.problems += _findings(path, problems)
-    report.files.append(AnnotationFile(str(path), name, kind.count(content), count))
+    def _check_content(self, path: Path, name: str, content: Any) -> None:
+        kind = KINDS[name]
+        pictures, problems = ([], []) if self.folders is None else _pictures(path, kind, content, self.folders)
+        self.report.problems += _findings(path, [*kind.problems(content), *problems])
+        for place, picture in pictures:
+            self.wanted.setdefault(picture, (path, place))
+        if kind.links is not None:
+            self.links.setdefault(name, {})[path] = kind.links(content)
+        unchecked = self.folders is None and kind.pictures is not None
+        count = None if unchecked else len({picture for _, picture in pictures})
+        self.report.files.append(AnnotationFile(str(path), name, kind.count(content), count))
 
 
 def _pictures(path: Path, kind: Kind, content: Any, folders: PictureFolders) -> Pictures:
@@ -87,7 +92,7 @@ def _findings(path: Path, problems: Iterable[Problem]) -> Iterator[Finding]:
         yield Finding(str(path), problem[0], reason(problem), problem[1])
 
 
-def _unmatched(links: Links) -> Iterator[Finding]:
+def _unmatched(links: Mapping[str, Mapping[Path, dict[int, int]]]) -> Iterator[Finding]:
     """Each file that has partners is held against the one with which it has most ids in common."""
     for name, files in links.items():
         partners = links.get(KINDS[name].partner)

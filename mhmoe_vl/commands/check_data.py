@@ -38,7 +38,7 @@ def run(arguments: argparse.Namespace) -> int:
         check_shards(expand_shards(shards), report)
     if files:
         check_annotations(list(map(Path, files)), arguments.kind, arguments.images, report)
-    print(json.dumps(report.to_dict(), ensure_ascii=False, indent=1) if arguments.json else report.table())
+    print(json.dumps(report.to_dict(), indent=1) if arguments.json else report.table())
     return 1 if report.problems else 0
 
 

@@ -159,7 +159,7 @@ def karpathy_file(value: Any) -> Sequence[Problem]:
         "split": one_of("train", "restval", "val", "test"),
         "sentences": items(fields({"raw": SOME_TEXT})),
     }
-    return fields({"images": items(fields(image), unique=identity)})(value)
+    return fields({"images": items(fields(image), unique=identity, least=1)})(value)
 
 
 def karpathy_pictures(value: Any, folders: PictureFolders) -> Pictures:
