@@ -142,7 +142,7 @@ KINDS: dict[str, Kind] = {
         "captions in Flickr8k's form", "CSV", _any, captions.flickr8k_problems, len, captions.flickr8k_pictures,
     ),
 }  # fmt: skip
-"""By the name that ``--kind`` takes."""
+"""By the name that ``--kind`` takes; of two that may fit, the more special one first."""
 
 
 def parse(path: Path, kind: str | None = None) -> tuple[str | None, Parsed]:

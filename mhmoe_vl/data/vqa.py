@@ -6,7 +6,6 @@ import re
 import sys
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from ..errors import DataError
@@ -52,7 +51,7 @@ class Question(NamedTuple):
     answers: tuple[str, ...] | None
 
 
-def read_annotations(path: Path, more: Mapping[str, Check] = MappingProxyType({})) -> list[dict[str, Any]]:
+def read_annotations(path: Path, more: Mapping[str, Check] | None = None) -> list[dict[str, Any]]:
     """The annotations of an official file.
 
     Args:
@@ -63,7 +62,7 @@ def read_annotations(path: Path, more: Mapping[str, Check] = MappingProxyType({}
         DataError: it is not one, a question stands twice or has no answer, or there are no questions.
     """
     value = read_json(path)
-    check(path, value, annotations_file(more))
+    check(path, value, annotations_file(more or {}))
     return value["annotations"]
 
 
