@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from ..errors import DataError
 from . import captions, nlvr2, vqa
 from .annotated import PictureFolders, Pictures
-from .records import ANYTHING, Problem, parse_json, read_text, sound, split_lines
+from .records import ANYTHING, Problem, fields, parse_json, read_text, sound, split_lines
 
 _PLACED = re.compile(r"(line \d+(?:, byte \d+)?): ")
 _LINE_OF_NLVR = re.compile(r'^\{.*"identifier"\s*:', re.MULTILINE)
@@ -106,8 +106,13 @@ def as_problem(path: Path, error: DataError) -> Problem:
 
 
 # ------------------------------------------------------------------------------------------------ kinds
-def _has(key: str) -> Callable[[Any], bool]:
-    return lambda value: isinstance(value, dict) and key in value
+def _has(key: str, without: str = "") -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, dict) and key in value and without not in value
+
+
+def _captions(value: Any) -> bool:
+    """COCO's instances have boxes where its captions have texts."""
+    return _has("images")(value) and not any(sound(value, "annotations", fields({"bbox": ANYTHING})))
 
 
 def _any(value: Any) -> bool:
@@ -128,11 +133,11 @@ KINDS: dict[str, Kind] = {
         captions.karpathy_pictures,
     ),
     "coco-captions": Kind(
-        "captions in COCO's form", "JSON", _has("images"), captions.coco_file(), _entries("images"),
+        "captions in COCO's form", "JSON", _captions, captions.coco_file(), _entries("images"),
         captions.coco_pictures,
     ),
     "vqa-annotations": Kind(
-        "VQA v2 annotations", "JSON", _has("annotations"), vqa.annotations_file(), _entries("annotations"),
+        "VQA v2 annotations", "JSON", _has("annotations", "images"), vqa.annotations_file(), _entries("annotations"),
         None, partial(vqa.image_ids, key="annotations"), "vqa-questions",
     ),
     "nlvr": Kind(

@@ -138,6 +138,10 @@ def test_all_that_is_wrong_is_listed_with_its_place_and_counted(check):
         ('{"images": [', [("line 1, byte 12", "syntax", "JSON ends in the middle (get the file again)")]),
         ("\ufeff{}", [("", "syntax", "byte 0: a byte order mark (save it as UTF-8 without BOM)")]),
         ('{"licenses": []}', [("", "kind", "none of the kinds that are known by their content")]),
+        (
+            changed(COCO, "annotations", to=[{"id": 1, "image_id": 1, "bbox": [0, 0, 1, 1]}]),
+            [("", "kind", "none of the kinds that are known by their content")],
+        ),
         ("[]", [("", "kind", "none of the kinds that are known by their content")]),
         ("<html>", [("line 1", "syntax", "need image,caption, got ")]),
     ],
