@@ -48,7 +48,7 @@ def read_text(tokenizer: TextTokenizer, text: str, max_len: int) -> dict[str, An
     """The ``text`` of an example, at most ``max_len`` ids, and whether it is ``cut``."""
     ids = tokenizer.encode(text, max_len + 1)
     cut = len(ids) > max_len
-    return {"text": tokenizer.encode(text, max_len) if cut else ids, "cut": cut}
+    return {"text": [*ids[: max_len - 1], ids[-1]] if cut else ids, "cut": cut}
 
 
 def collate(
