@@ -137,10 +137,10 @@
               found.choices++;
               found[part === "text" ? "text" : "image"]++;
             }
+            if (word !== null) totals.set(word, (totals.get(word) || 0) + 1);
             if (isDropped(tokens, i)) continue;
             weights.set(expert, (weights.get(expert) || 0) + gateAt(tokens, i) / data.units / tokens.S);
             if (word !== null) {
-              totals.set(word, (totals.get(word) || 0) + 1);
               const entry = found.words.get(word) || {word, choices: 0, s, n};
               entry.choices++;
               found.words.set(word, entry);
