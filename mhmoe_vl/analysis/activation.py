@@ -22,7 +22,7 @@ from .trace import PARTS, LayerTrace, RoutingTrace, find_encoder
 SHARES = {
     "token": "choices of an expert / tokens (sums to sub-tokens x top_k a layer)",
     "row": "choices of an expert / routed rows (sums to top_k a layer)",
-    "even": "choices of an expert / an even share of all choices (1 for all experts when balanced)",
+    "even": "choices of an expert / even share (1 for all when balanced)",
 }
 """What an activation can be measured by, with its definition. The first is the paper's."""
 THRESHOLDS = {

@@ -134,7 +134,7 @@ def modality_shares(models: Mapping[str, Counted]) -> Any:
     for ax, (name, activation) in zip(axes, counts.items(), strict=True):
         values = np.stack([text_preference(activation, pool) for pool in activation.used])
         names = [pool_label(pool) for pool in activation.used]
-        heat(ax, values, names, "0 images only, 1 text only", cmap=DIVERGING, vmin=0, vmax=1)
+        heat(ax, values, names, "0 image, 1 text", cmap=DIVERGING, vmin=0, vmax=1)
         ax.set_title(f"{shown(name)}\n{_size(activation)}")
         ax.set_xlabel("expert (hatched: no choices)")
     figure.suptitle("Modality share: choices per text token / (per text token + per image token)", fontsize=9)

@@ -137,3 +137,24 @@ def expert_points(runs: Sequence[LoggedRun], metric: str) -> Mapping[str, Mappin
     for run in sorted(runs, key=lambda run: (run.layer, run.num_experts or 0)):
         points.setdefault(run.layer, {}).setdefault(run.num_experts or 0, []).append(run.last(metric))
     return points
+
+
+def plot_runs(runs: Sequence[str], metric: str, out: Path) -> int:
+    """Write ``perplexity.png``, and where runs have experts ``perplexity_by_experts.png``; what tools/plot_runs.py does.
+
+    Args:
+        runs: run folders.
+        metric: see :func:`perplexity_curves`.
+        out: folder to write into.
+
+    Returns:
+        The exit code, 0.
+    """
+    logged = [read_run(run) for run in runs]
+    logged = [run._replace(name=name) for run, name in zip(logged, different([r.name for r in logged]), strict=True)]
+    files = {"perplexity.png": png(perplexity_curves(logged, metric))}
+    if any(run.num_experts for run in logged):
+        files["perplexity_by_experts.png"] = png(perplexity_by_experts(logged, metric))
+    for path in write_files(out, files):
+        print(path)
+    return 0

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -12,62 +11,15 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .. import distributed
-from ..config import RunConfig, load
 from ..data.loader import Source, eval_batches, step_loader
 from ..data.sample import IMAGE_EXTENSIONS, Sample
-from ..data.text import TextTokenizer, create_text_tokenizer, pad
+from ..data.text import pad
 from ..data.transforms import ImageTransform
-from ..errors import CheckpointError, ConfigError, one_line
-from ..models.encoder import Encoder
-from ..models.factory import load_pretrained
 from .activation import Activation
 from .labels import COLOURS, Labels, patch_colours, token_words
 from .token_sample import LABEL
 from .trace import trace_routing
-
-
-class TrainedModel(NamedTuple):
-    """A run's encoder, the tokenizer that it reads text with (none without a text branch), and a name to show."""
-
-    name: str
-    encoder: Encoder
-    tokenizer: TextTokenizer | None
-
-
-def load_model(checkpoint: str | Path) -> TrainedModel:
-    """The model of a run folder or of one of its checkpoints.
-
-    Raises:
-        CheckpointError: no run folder or checkpoint, or weights that do not fit.
-        ConfigError: the tokenizer has more pieces than the encoder has rows, or cannot be loaded.
-    """
-    path = Path(checkpoint)
-    is_run = (path / "checkpoints").is_dir()
-    file = path / "config.yaml" if is_run else path.parent.parent / "config.yaml"
-    if not file.is_file():
-        raise CheckpointError(f"{path}: not a run folder or a checkpoint in one: config.yaml is missing (name a run)")
-    encoder = load_pretrained(path)
-    name = path.resolve().name if is_run else f"{path.resolve().parent.parent.name}/{path.resolve().name}"
-    if "text" not in encoder.modalities:
-        return TrainedModel(one_line(name, 40), encoder, None)
-    options = getattr(load(RunConfig, [file]).task, "text_tokenizer", None)
-    tokenizer = create_text_tokenizer(**(options.model_dump() if options is not None else {"kind": "bpe"}))
-    if tokenizer.vocab_size > encoder.vocab_size:
-        what = f"{encoder.vocab_size} rows for a tokenizer of {tokenizer.vocab_size} pieces"
-        raise ConfigError(f"{file}: encoder.vocab_size: {what} (name a run of a pre-trained text branch)")
-    return TrainedModel(one_line(name, 40), encoder, tokenizer)
-
-
-def kept_steps(run: str | Path) -> list[tuple[int, Path]]:
-    """The checkpoints that ``train.keep_steps`` kept in a run folder: (step, folder), earliest first.
-
-    Raises:
-        CheckpointError: there are none.
-    """
-    folders = [path for path in (Path(run) / "checkpoints").glob("step-*") if path.name[5:].isdecimal()]
-    if not folders:
-        raise CheckpointError(f"{run}: no checkpoints/step-* in it (train with --train.keep_steps true)")
-    return sorted((int(path.name[5:]), path) for path in folders)
+from .trained import TrainedModel
 
 
 # ------------------------------------------------------------------------------------------- batches
