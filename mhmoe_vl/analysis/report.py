@@ -263,7 +263,7 @@ def _records(path: Path) -> list[dict[str, Any]]:
 
 
 # ---------------------------------------------------------------------------------------------- page
-def _visible(value: object) -> object:
+def visible(value: object) -> object:
     """What the template prints: text with control characters (line ends aside) shown as ``\\x1b``, numbers in short."""
     if isinstance(value, float):
         return number(value)
@@ -276,7 +276,7 @@ def _template() -> jinja2.Template:
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,
-        finalize=_visible,
+        finalize=visible,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,7 @@ from ..nn.router import Routing
 
 PARTS = ("class", "patch", "text")
 """Kinds of tokens that a trace keeps apart; the first two are the image's."""
+_POOLS = ("joint", "image", "text", "pair")
 DIGITS = 4
 """Decimals of gates and entropies in :meth:`RoutingTrace.to_dict`."""
 
@@ -54,9 +55,24 @@ class TokenTrace:
         new = np.diff(reached, axis=-1, prepend=-1) != 0
         return new.sum(-1)
 
+    @classmethod
+    def blank(cls, num_samples: int, num_tokens: int, num_subtokens: int, top_k: int) -> TokenTrace:
+        """Tokens of which none is present."""
+        shape = (num_samples, num_tokens)
+        choices = (*shape, num_subtokens, top_k)
+        return cls(
+            experts=np.full(choices, -1, np.int16),
+            gates=np.zeros(choices, np.float32),
+            kept=np.zeros(choices, bool),
+            entropy=np.zeros(choices[:-1], np.float32),
+            present=np.zeros(shape, bool),
+            counted=np.zeros(shape, bool),
+        )
+
     def to_dict(self) -> dict[str, Any]:
-        """All arrays as nested lists."""
-        return {name: _rounded(value).tolist() for name, value in vars(self).items()}
+        """All arrays as nested lists, and :meth:`divergence`."""
+        values = {name: rounded(value).tolist() for name, value in vars(self).items()}
+        return values | {"divergence": self.divergence().tolist()}
 
 
 @dataclass(frozen=True)
@@ -145,6 +161,50 @@ class RoutingTrace:
         values = {name: value for name, value in vars(self).items() if name != "layers"}
         values |= {"grid": self.grid and list(self.grid), "pieces": [list(text) for text in self.pieces]}
         return values | {"layers": [layer.to_dict() for layer in self.layers]}
+
+
+def join_traces(traces: Sequence[RoutingTrace]) -> RoutingTrace:
+    """Traces of batches of one encoder, one after the other, as one; shorter texts are padded.
+
+    Args:
+        traces: with images of one grid. Batches of pairs come last, because the last images and texts are pairs.
+    """
+    ways = {(layer.block, _POOLS.index(layer.pool)): layer for trace in traces for layer in trace.layers}
+    layers = [_join_layers(ways[way], traces) for way in sorted(ways)]
+    counts = {name: sum(getattr(trace, name) for trace in traces) for name in ("num_images", "num_texts", "num_pairs")}
+    return replace(
+        traces[0],
+        layers=tuple(layers),
+        grid=next((trace.grid for trace in traces if trace.grid), None),
+        pieces=tuple(text for trace in traces for text in trace.pieces),
+        **counts,
+    )
+
+
+def _join_layers(like: LayerTrace, traces: Sequence[RoutingTrace]) -> LayerTrace:
+    """The pool ``like`` in all traces; samples that do not pass it are not present in it."""
+    parts = {}
+    for name in PARTS:
+        found = [_part_of(trace, like, name) for trace in traces]
+        length = max((part.present.shape[1] for part in found if part is not None), default=0)
+        if length:
+            blanks = [
+                TokenTrace.blank(_num_samples(trace, name), length, like.num_subtokens, like.top_k) for trace in traces
+            ]
+            for part, blank in zip(found, blanks, strict=True):
+                for field, values in vars(part).items() if part is not None else ():
+                    getattr(blank, field)[:, : values.shape[1]] = values
+            fields = TokenTrace.__dataclass_fields__
+            parts[name] = TokenTrace(*(np.concatenate([getattr(blank, field) for blank in blanks]) for field in fields))
+    return replace(like, parts=parts)
+
+
+def _part_of(trace: RoutingTrace, like: LayerTrace, part: str) -> TokenTrace | None:
+    return next((layer.parts.get(part) for layer in trace.layers if layer.name == like.name), None)
+
+
+def _num_samples(trace: RoutingTrace, part: str) -> int:
+    return trace.num_texts if part == "text" else trace.num_images
 
 
 # ------------------------------------------------------------------------------------------- tracing
@@ -278,7 +338,7 @@ def _by_token(
     samples: slice,
     num_subtokens: int,
     stride: int,
-) -> dict[str, np.ndarray]:
+) -> TokenTrace:
     """Rows put where their tokens are; tokens that a convolution joins into one row each get a copy of it.
 
     Args:
@@ -288,22 +348,18 @@ def _by_token(
         present: (B, N), False for padding.
         samples: those that pass the pool.
         num_subtokens, stride: of the layer.
-
-    Returns:
-        The fields of :class:`TokenTrace` for all tokens of the modality.
     """
     passing = np.zeros_like(present)
     passing[samples] = present[samples]
+    tokens = TokenTrace.blank(*present.shape, num_subtokens, rows["experts"].shape[1])
+    tokens.present[:] = passing
+    tokens.counted[:] = _first_of_groups(passing, stride)
     num_positions = -(-present.shape[1] // stride)
-    tokens = {"present": passing, "counted": _first_of_groups(passing, stride)}
     for name, values in rows.items():
-        blank = -1 if name == "experts" else 0
-        laid = np.full((len(present[samples]) * num_positions, num_subtokens, *values.shape[1:]), blank, values.dtype)
+        laid = np.zeros((len(present[samples]) * num_positions, num_subtokens, *values.shape[1:]), values.dtype)
         laid[position, subtoken] = values
         laid = laid.reshape(-1, num_positions, *laid.shape[1:])[:, np.arange(present.shape[1]) // stride]
-        laid[~passing[samples]] = blank
-        tokens[name] = np.full((len(present), *laid.shape[1:]), blank, values.dtype)
-        tokens[name][samples] = laid
+        getattr(tokens, name)[passing] = laid[passing[samples]]
     return tokens
 
 
@@ -314,14 +370,14 @@ def _first_of_groups(present: np.ndarray, size: int) -> np.ndarray:
     return first.reshape(len(present), -1)[:, : present.shape[1]]
 
 
-def _split(modality: str, tokens: Mapping[str, np.ndarray]) -> dict[str, TokenTrace]:
+def _split(modality: str, tokens: TokenTrace) -> dict[str, TokenTrace]:
     """A modality's tokens by kind: an image's class token apart from its patches."""
     if modality == "text":
-        return {"text": TokenTrace(**tokens)}
+        return {"text": tokens}
     spans = {"class": slice(0, 1), "patch": slice(1, None)}
-    return {kind: TokenTrace(**{name: v[:, span] for name, v in tokens.items()}) for kind, span in spans.items()}
+    return {kind: TokenTrace(*(v[:, span] for v in vars(tokens).values())) for kind, span in spans.items()}
 
 
-def _rounded(values: np.ndarray) -> np.ndarray:
+def rounded(values: np.ndarray) -> np.ndarray:
     """float32 as float64 of few decimals, which JSON writes short; others as they are."""
     return np.round(values.astype(np.float64), DIGITS) if values.dtype == np.float32 else values
