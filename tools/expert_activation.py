@@ -1,9 +1,5 @@
-"""Which experts the tokens of a data set reach, of one or more checkpoints: report.html, activation.json and figures.
+"""Which experts the tokens of a data set reach: report.html, activation.json and figures. torchrun shares the work."""
 
-Several processes: torchrun --nproc_per_node N tools/expert_activation.py ...
-"""
-
-import argparse
 import sys
 from pathlib import Path
 
@@ -12,7 +8,7 @@ from mhmoe_vl.errors import OneLineParser, guard
 
 
 def main() -> int:
-    parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = OneLineParser(description=__doc__)
     add, many = parser.add_argument, {"nargs": "+", "action": "extend", "default": []}
     add("--checkpoint", **many, metavar="RUN", help="run folders, checkpoints or saved encoders, side by side")
     add("--data", **many, metavar="SHARDS", help="tar files, folders, patterns or addresses; all samples are read")

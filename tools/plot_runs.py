@@ -1,6 +1,5 @@
 """Perplexity of training runs, from their logs: curves over the steps, and against the number of experts."""
 
-import argparse
 import sys
 from pathlib import Path
 
@@ -9,7 +8,7 @@ from mhmoe_vl.errors import OneLineParser, guard
 
 
 def main() -> int:
-    parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = OneLineParser(description=__doc__)
     add = parser.add_argument
     add("runs", nargs="+", metavar="RUN", help="run folders")
     add("--metric", default="perplexity", metavar="NAME", help="validation number, as perplexity/images (%(default)s)")

@@ -6,21 +6,19 @@ import base64
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, NamedTuple
 
-import jinja2
 import numpy as np
 
 from . import figures as draw
 from .activation import LABELS, SHARES, THRESHOLDS, Activation
 from .charts import number, percent
 from .plotting import png
-from .report import visible
+from .report import template
 from .trace import RoutingTrace
 
 MAX_WORD_ROWS = 500
-_PER_TOKEN = "Choices are counted before capacity drops any; tokens without padding."
+_COUNTED = "Choices are counted before capacity drops any; tokens without padding."
 
 
 @dataclass(frozen=True)
@@ -86,7 +84,7 @@ def report_files(findings: Findings, per: str = "token") -> dict[str, bytes]:
         per: what the heat map's activation is measured by, one of :data:`~.activation.SHARES`.
     """
     pictures = _pictures(findings, per)
-    page = _template().render(
+    page = template("activation.html").render(
         title=", ".join(findings.models),
         data=f"{findings.num_samples:,} samples of {findings.data}{_remarks(findings)}",
         sections=[
@@ -161,7 +159,7 @@ def _sections(findings: Findings, files: Sequence[str]) -> list[_Section]:
     sections = [_Section("Models", _dense_notes(findings), (), [_models_table(findings)])]
     sparse = findings.sparse
     if sparse:
-        heat = ["First layer of experts on top.", _PER_TOKEN]
+        heat = ["First layer of experts on top.", _COUNTED]
         sections.append(_Section("Activation", heat, _of("activation.png", files), _expert_tables(findings)))
         notes = ["Share of the experts of all layers whose activation is above a threshold."]
         share = [_threshold_table(sparse, per) for per in SHARES]
@@ -170,9 +168,9 @@ def _sections(findings: Findings, files: Sequence[str]) -> list[_Section]:
         notes = ["0.5: an expert takes both modalities alike, however many tokens of each there are."]
         sections.append(_Section("Modality share", notes, _of("modality_share", files)))
         notes = [
-            "Mutual information of the chosen expert and a label, over a fair sample of tokens that is the same in"
+            "Mutual information of the chosen expert and a label, over a fair sample of tokens.",
+            "Shuffled: the same after the labels changed places between tokens (classes: between samples).",
         ]
-        notes[0] += " every report; shuffled: the same after the labels changed places (class labels between samples)."
         sections.append(_Section("Specialisation", notes, _of("specialisation", files), _specialisation_tables(sparse)))
         notes = ["Pairs of choices by two sub-tokens of one token, against independent choices with the same rates."]
         sections.append(_Section("Co-activation", notes, _of("coactivation", files)))
@@ -277,24 +275,11 @@ def _divergence_section(findings: Findings, files: Sequence[str]) -> _Section:
 
 def _specialisation_tables(sparse: Mapping[str, Activation]) -> list[_Table]:
     columns = ["model", "layer", "label", "bits", "shuffled", "deviation", "of at most", "tokens", "labels"]
-    rows = [
-        [name, draw.pool_label(pool), kind, f"{s.bits:.4f}", f"{s.baseline:.4f}", f"{s.deviation:.1g}"]
-        + [f"{s.label_bits:.3f}", f"{s.num_tokens:,}", f"{s.num_labels:,}"]
-        for kind in LABELS
-        for name, activation in sparse.items()
-        for pool, s in activation.specialisation(kind).items()
-    ]
+    rows = []
+    for kind in LABELS:
+        for name, activation in sparse.items():
+            for pool, s in activation.specialisation(kind).items():
+                bits = [f"{s.bits:.4f}", f"{s.baseline:.4f}", f"{s.deviation:.1g}", f"{s.label_bits:.3f}"]
+                counts = [f"{s.num_tokens:,}", f"{s.num_labels:,}"]
+                rows.append([name, draw.pool_label(pool), kind, *bits, *counts])
     return [_Table(columns, rows, "Numbers")] if rows else []
-
-
-# ---------------------------------------------------------------------------------------------- page
-def _template() -> jinja2.Template:
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        finalize=visible,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    return environment.get_template("activation.html")

@@ -10,8 +10,10 @@ from typing import Any, NamedTuple
 
 from ..config import read_yaml
 from ..errors import ConfigError, DataError
-from .plotting import COLORS, MARKERS, drawn, panels, shown
+from .plotting import COLORS, MARKERS, drawn, panels, png, shown
 from .run_log import RunLog, read_metrics
+from .trained import different
+from .visualize import write_files
 
 
 class LoggedRun(NamedTuple):
@@ -140,7 +142,7 @@ def expert_points(runs: Sequence[LoggedRun], metric: str) -> Mapping[str, Mappin
 
 
 def plot_runs(runs: Sequence[str], metric: str, out: Path) -> int:
-    """Write ``perplexity.png``, and where runs have experts ``perplexity_by_experts.png``; what tools/plot_runs.py does.
+    """What tools/plot_runs.py does: ``perplexity.png``, and where runs have experts ``perplexity_by_experts.png``.
 
     Args:
         runs: run folders.

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import itertools
+import json
 from collections import Counter
 from dataclasses import replace
 
 import numpy as np
 import pytest
-from traces import labels, layer, random_trace, tokens, trace
+from hand_traces import labels, layer, random_trace, tokens, trace
 
 from mhmoe_vl.analysis.activation import SHARES, Activation
 from mhmoe_vl.analysis.counting import NATS, count_trace
@@ -252,9 +253,7 @@ def test_classes_of_texts_where_there_are_no_pictures():
 
 
 def test_everything_as_json_values():
-    import json
-
-    found, known = random_trace(np.random.default_rng(0))
+    found, _ = random_trace(np.random.default_rng(0))
     activation = Activation.of_traces([found])
     values = json.loads(json.dumps(activation.to_dict(), allow_nan=False))
     assert values["divergence"]["listed"]["mean"] is None
