@@ -41,14 +41,13 @@ def labels(colours=(), words=(), classes=(), first: int = 0) -> Labels:
     """Labels of images and texts numbered from ``first``; ``classes`` are those of the images, or else the texts."""
     samples = np.arange(first, first + max(len(colours), len(words)))
     classes = np.array(classes or [""] * len(samples), LABEL)
-    texts = np.array(words, LABEL).reshape(len(words), -1)
     return Labels(
         image_samples=samples[: len(colours)],
         text_samples=samples[: len(words)],
         image_classes=classes[: len(colours)],
         text_classes=classes[: len(words)],
-        colours=np.array(colours, LABEL).reshape(len(colours), -1),
-        words=texts,
+        colours=np.array(colours, LABEL).reshape(len(colours), -1 if len(colours) else 0),
+        words=np.array(words, LABEL).reshape(len(words), -1 if len(words) else 0),
     )
 
 
