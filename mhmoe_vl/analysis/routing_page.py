@@ -23,12 +23,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from .report import visible
+from .report import template
 from .samples import Item
 from .trace import DIGITS, PARTS, LayerTrace, RoutingTrace, TokenTrace
 
@@ -65,7 +64,7 @@ def render(items: Sequence[Item], pictures: Sequence[Tensor | None], shown: Sequ
         "models": [_model(one, len(items)) for one in shown],
     }
     style, script = (Path(__file__).with_name(f"routing.{kind}").read_text(encoding="utf-8") for kind in ("css", "js"))
-    return _template().render(
+    return template("routing.html").render(
         title=" and ".join(one.name for one in shown),
         style=style,
         style_hash=_hash(style),
@@ -73,18 +72,6 @@ def render(items: Sequence[Item], pictures: Sequence[Tensor | None], shown: Sequ
         script_hash=_hash(script),
         data=_embedded(data),
     )
-
-
-def _template() -> jinja2.Template:
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        finalize=visible,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    return environment.get_template("routing.html")
 
 
 def _embedded(data: Any) -> str:
