@@ -14,7 +14,10 @@ from PIL import Image
 from scene_captions import LANGUAGES
 from scene_drawing import COLORS
 
+SHARDS = ("pairs", "images", "texts")
 SMALL = ["--pairs", "60", "--images", "20", "--texts", "40", "--size", "64", "--samples-per-shard", "25"]
+SMALL += [word for name in scenes.STREAMS if name not in SHARDS for word in (f"--{name}", "0")]
+NOTHING = [word for name in scenes.STREAMS for word in (f"--{name}", "0")]
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -73,8 +76,8 @@ def test_same_bytes_again_and_with_two_processes(small, tmp_path, run_script):
 @pytest.mark.parametrize("stream", scenes.STREAMS)
 def test_validation_is_new_and_counts_only_add(stream):
     splits = scenes.make_examples(stream, 400, 60, seed=0, image_size=128)
-    content = scenes.STREAMS[stream].content
-    assert not {content(e) for e in splits["train"]} & {content(e) for e in splits["val"]}
+    train, val = (set().union(*map(scenes.STREAMS[stream].contents, splits[split])) for split in ("train", "val"))
+    assert train and val and not train & val
     assert scenes.make_examples(stream, 30, 0, seed=0, image_size=128)["train"] == splits["train"][:30]
 
 
@@ -88,7 +91,7 @@ def test_streams_differ_and_languages_are_shared_out():
 
 
 def test_a_killed_run_is_finished_by_running_it_again(tmp_path, start, load):
-    arguments = ["--pairs", 0, "--images", 500, "--texts", 0, "--size", 32, "--samples-per-shard", 5]
+    arguments = [*NOTHING, "--images", 500, "--size", 32, "--samples-per-shard", 5]
     folder = tmp_path / "killed/images/train"
     process = start("scenes", "--out", tmp_path / "killed", *arguments)
     while len(list(folder.glob("*.tar"))) < 3 and process.poll() is None:
@@ -114,8 +117,8 @@ def test_a_killed_run_is_finished_by_running_it_again(tmp_path, start, load):
         (["--size", "8"], "error: --size 8: pictures have 32 to 2048 px (see --help)"),
         (["--size", "99999999999"], "error: --size 99999999999: pictures have 32 to 2048 px (see --help)"),
         (
-            ["--pairs", "0", "--images", "0", "--texts", "0"],
-            "error: --pairs 0 --images 0 --texts 0: nothing to draw (see --help)",
+            NOTHING,
+            f"error: {' '.join(NOTHING)}: nothing to draw (see --help)",
         ),
         (["--pairs", "-1"], "error: argument --pairs: '-1' is not a whole number of at least 0 (see --help)"),
         (["--val-fraction", "1"], "error: argument --val-fraction: '1' is not a number from 0 to below 1 (see --help)"),
