@@ -19,7 +19,7 @@ def main() -> int:
     add("--per", choices=("token", "row", "even"), default="token", help="measure of the heat map (%(default)s)")
     add("--batch-size", type=int, default=8, metavar="N", help="samples at a time, no number changes (%(default)s)")
     add("--num-workers", type=int, default=1, metavar="N", help="processes that read samples (%(default)s)")
-    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="to compute on (%(default)s)")
+    add("--device", choices=("auto", "cpu"), default="auto", help="auto takes a GPU where there is one")
     add("--debug", action="store_true", help="show the traceback of an error")
     given = vars(parser.parse_args())
     return guard(lambda: expert_activation(**given), debug=given.pop("debug"))

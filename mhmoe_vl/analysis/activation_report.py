@@ -18,7 +18,24 @@ from .report import template
 from .trace import RoutingTrace
 
 MAX_WORD_ROWS = 500
-_COUNTED = "Choices are counted before capacity drops any; tokens without padding."
+_NOTES = {
+    "activation": [
+        "First layer of experts on top.",
+        "Choices are counted before capacity drops any; tokens without padding.",
+    ],
+    "activated_share": ["Share of the experts of all layers whose activation is above a threshold."],
+    "divergence": ["Distinct experts that the sub-tokens of a token reach, mean over the layers of experts."],
+    "modality_share": ["0.5: an expert takes both modalities alike, however many tokens of each there are."],
+    "specialisation": [
+        "Mutual information of the chosen expert and a label, over a fair sample of tokens.",
+        "Shuffled: the same after the labels changed places between tokens (classes: between samples).",
+    ],
+    "coactivation": [
+        "Pairs of choices by two sub-tokens of one token, against independent choices with the same rates."
+    ],
+    "transitions": ["Where tokens that chose an expert go in the next layer of experts."],
+    "divergence_maps": ["One picture by kept checkpoints: distinct experts that the sub-tokens of a patch reach."],
+}
 
 
 @dataclass(frozen=True)
@@ -55,6 +72,11 @@ class Findings:
     maps: Mapping[str, StepMaps] = field(default_factory=dict)
 
     @property
+    def names(self) -> list[str]:
+        """The models that something is shown of."""
+        return list(dict.fromkeys([*self.models, *self.maps]))
+
+    @property
     def sparse(self) -> dict[str, Activation]:
         """The models with experts."""
         return {name: activation for name, activation in self.models.items() if activation is not None}
@@ -85,8 +107,8 @@ def report_files(findings: Findings, per: str = "token") -> dict[str, bytes]:
     """
     pictures = _pictures(findings, per)
     page = template("activation.html").render(
-        title=", ".join(findings.models),
-        data=f"{findings.num_samples:,} samples of {findings.data}{_remarks(findings)}",
+        title=", ".join(findings.names),
+        data=_subtitle(findings),
         sections=[
             {
                 **section._asdict(),
@@ -146,7 +168,8 @@ def _pictures(findings: Findings, per: str) -> dict[str, bytes]:
 
 def _numbered(findings: Findings, kind: str, name: str) -> str:
     """A file name that no model's name gets into."""
-    return f"{kind}.png" if len(findings.models) == 1 else f"{kind}-{list(findings.models).index(name) + 1}.png"
+    names = findings.names
+    return f"{kind}.png" if len(names) == 1 else f"{kind}-{names.index(name) + 1}.png"
 
 
 def _both_modalities(activation: Activation) -> bool:
@@ -156,28 +179,22 @@ def _both_modalities(activation: Activation) -> bool:
 
 # -------------------------------------------------------------------------------------------- tables
 def _sections(findings: Findings, files: Sequence[str]) -> list[_Section]:
-    sections = [_Section("Models", _dense_notes(findings), (), [_models_table(findings)])]
+    """The page's parts; those with neither figure nor table are left out."""
     sparse = findings.sparse
+    sections = []
+    if findings.models:
+        sections.append(_Section("Models", _dense_notes(findings), (), [_models_table(findings)]))
     if sparse:
-        heat = ["First layer of experts on top.", _COUNTED]
-        sections.append(_Section("Activation", heat, _of("activation.png", files), _expert_tables(findings)))
-        notes = ["Share of the experts of all layers whose activation is above a threshold."]
         share = [_threshold_table(sparse, per) for per in SHARES]
-        sections.append(_Section("Activated share", notes, _of("activated_share", files), share))
-        sections.append(_divergence_section(findings, files))
-        notes = ["0.5: an expert takes both modalities alike, however many tokens of each there are."]
-        sections.append(_Section("Modality share", notes, _of("modality_share", files)))
-        notes = [
-            "Mutual information of the chosen expert and a label, over a fair sample of tokens.",
-            "Shuffled: the same after the labels changed places between tokens (classes: between samples).",
+        sections += [
+            _Section("Activation", _NOTES["activation"], _of("activation.png", files), _expert_tables(findings)),
+            _Section("Activated share", _NOTES["activated_share"], _of("activated_share", files), share),
+            _divergence_section(findings, files),
         ]
-        sections.append(_Section("Specialisation", notes, _of("specialisation", files), _specialisation_tables(sparse)))
-        notes = ["Pairs of choices by two sub-tokens of one token, against independent choices with the same rates."]
-        sections.append(_Section("Co-activation", notes, _of("coactivation", files)))
-        notes = ["Where tokens that chose an expert go in the next layer of experts."]
-        sections.append(_Section("Transitions", notes, _of("transitions", files)))
-        notes = ["One picture by kept checkpoints: distinct experts that the sub-tokens of a patch reach."]
-        sections.append(_Section("Divergence over training", notes, _of("divergence_maps", files)))
+    tables = {"specialisation": _specialisation_tables(sparse)}
+    for kind in ("modality_share", "specialisation", "coactivation", "transitions", "divergence_maps"):
+        title = kind.replace("_", " ").capitalize()
+        sections.append(_Section(title, _NOTES[kind], _of(kind, files), tables.get(kind, ())))
     return [section for section in sections if section.figures or section.tables]
 
 
@@ -185,11 +202,14 @@ def _of(kind: str, files: Sequence[str]) -> list[str]:
     return [file for file in files if file.startswith(kind)]
 
 
-def _remarks(findings: Findings) -> str:
+def _subtitle(findings: Findings) -> str:
+    if not findings.models:
+        return "No data set, one picture."
     listed = f"; listed words: {findings.listed}" if findings.listed else ""
-    if findings.capacity_factor is None:
-        return f"{listed}; nothing is dropped"
-    return f"{listed}; capacity factor {findings.capacity_factor:g}, every sample as a batch of its own"
+    capacity = "nothing is dropped"
+    if findings.capacity_factor is not None:
+        capacity = f"capacity factor {findings.capacity_factor:g}, every sample as a batch of its own"
+    return f"{findings.num_samples:,} samples of {findings.data}{listed}; {capacity}"
 
 
 def _dense_notes(findings: Findings) -> list[str]:
@@ -258,7 +278,6 @@ def _expert_table(name: str, activation: Activation, pool: str) -> _Table:
 
 
 def _divergence_section(findings: Findings, files: Sequence[str]) -> _Section:
-    notes = ["Distinct experts that the sub-tokens of a token reach, mean over the layers of experts."]
     tables = []
     for name, activation in findings.sparse.items():
         words = activation.listed_words()
@@ -266,11 +285,11 @@ def _divergence_section(findings: Findings, files: Sequence[str]) -> _Section:
             continue
         met = [[word, f"{count:,}", f"{mean:.3f}"] for word, count, mean in words if count]
         absent = len(words) - len(met)
-        note = f"{absent:,} listed words do not occur." if absent else ""
+        note = f"Listed words that do not occur: {absent:,}." if absent else ""
         note += f" The first {MAX_WORD_ROWS}; all are in activation.json." if len(met) > MAX_WORD_ROWS else ""
         columns = ["listed word", "tokens", "distinct experts"]
         tables.append(_Table(columns, met[:MAX_WORD_ROWS], f"{name}: {len(met):,} listed words", note))
-    return _Section("Divergence", notes, _of("divergence.png", files), tables)
+    return _Section("Divergence", _NOTES["divergence"], _of("divergence.png", files), tables)
 
 
 def _specialisation_tables(sparse: Mapping[str, Activation]) -> list[_Table]:

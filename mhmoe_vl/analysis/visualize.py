@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import importlib.util
 import io
@@ -257,6 +258,7 @@ def write_files(folder: Path, files: Mapping[str, bytes]) -> list[Path]:
             os.replace(part, path)
     except OSError as error:
         for part in parts:
-            part.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                part.unlink()
         raise ConfigError(f"--out: {folder}: {error.strerror} (name a folder that can be written)") from error
     return paths

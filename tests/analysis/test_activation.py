@@ -13,6 +13,7 @@ from hand_traces import labels, layer, random_trace, tokens, trace
 
 from mhmoe_vl.analysis.activation import SHARES, Activation
 from mhmoe_vl.analysis.counting import NATS, count_trace
+from mhmoe_vl.analysis.token_sample import TokenSample
 from mhmoe_vl.analysis.trace import PARTS, LayerTrace, RoutingTrace
 
 
@@ -217,6 +218,20 @@ def test_batches_and_processes_change_nothing():
         results.append(total.to_dict() | {"favourites": total.favourites("word", "blocks.3.joint")})
     assert all(result == results[0] for result in results[1:])
     assert results[0]["specialisation"]["class"] and results[0]["specialisation"]["colour"]
+
+
+def test_memory_does_not_grow_with_the_data():
+    """Once the samples of tokens are full, counts of any number of traces take the same place."""
+    activation = Activation(["blocks.1.joint", "blocks.3.joint"], num_experts=6, top_k=2, num_subtokens=2)
+    activation.tokens = {"patch": TokenSample(10), "text": TokenSample(10)}
+    sizes = []
+    for number in range(12):
+        found, known = random_trace(np.random.default_rng(number), images=4, texts=4)
+        first = 4 * number
+        samples = {"image_samples": known.image_samples + first, "text_samples": known.text_samples + first}
+        activation.add(found, replace(known, **samples))
+        sizes.append(len(activation.to_bytes()))
+    assert sizes[3] == sizes[-1] and activation.num_tokens("blocks.1.joint") > 12 * 24
 
 
 def test_entropies_are_summed_in_whole_units():
