@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from ..data.text import TextTokenizer, create_text_tokenizer
 from ..errors import CheckpointError, one_line
@@ -20,15 +20,19 @@ class TrainedModel(NamedTuple):
     tokenizer: TextTokenizer | None
 
 
-def load_model(checkpoint: str | Path) -> TrainedModel:
+def load_model(checkpoint: str | Path, **overrides: Any) -> TrainedModel:
     """The model of a run folder, of one of its checkpoints, or of a folder written by ``save_pretrained``.
+
+    Args:
+        checkpoint: its folder.
+        overrides: see :func:`~..models.factory.load_pretrained`.
 
     Raises:
         CheckpointError: no such thing, weights that do not fit, or a tokenizer with more pieces than there are rows.
         ConfigError: the tokenizer cannot be loaded.
     """
     path = Path(checkpoint)
-    encoder = load_pretrained(path).eval()
+    encoder = load_pretrained(path, **overrides).eval()
     name = one_line(run_name(path), 40)
     if "text" not in encoder.modalities:
         return TrainedModel(name, encoder, None)

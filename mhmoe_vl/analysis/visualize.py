@@ -4,44 +4,32 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import importlib.util
 import io
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import repeat
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from ..data.text import TextTokenizer, create_text_tokenizer, pad
+from ..data.text import TextTokenizer, pad
 from ..errors import CheckpointError, ConfigError, one_line
-from ..models.encoder import Encoder
-from ..models.factory import load_pretrained, saved_run
+from . import figures as draw
+from .plotting import png
 from .routing_page import Shown, render
 from .samples import Item, gather, open_picture
 from .trace import LayerTrace, RoutingTrace, TokenTrace, find_encoder, join_traces, rounded, trace_routing
+from .trained import TrainedModel, different, load_model
 
 COLUMNS = ("checkpoint", "sample", "part", "token", "block", "pool", "subtoken", "choice", "expert", "gate", "kept",
            "entropy")  # fmt: skip
-MAX_PAGE_BYTES = 50_000_000
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """An encoder to trace.
-
-    Attributes:
-        path: as given.
-        encoder: in evaluation.
-        tokenizer: of its texts; none without a text branch.
-    """
-
-    path: Path
-    encoder: Encoder
-    tokenizer: TextTokenizer | None
+MAX_PAGE_BYTES, MAX_MAPS = 50_000_000, 4
 
 
 def visualize(
@@ -74,15 +62,15 @@ def visualize(
     Raises:
         ConfigError, DataError, CheckpointError: one line about what was given.
     """
-    _check(checkpoint, img_size, limit, batch_size)
+    _check(checkpoint, capacity, img_size, limit, batch_size)
     items = gather(image, text, limit)
-    opened = [_open(Path(path), img_size) for path in checkpoint]
-    _refuse_other_shapes(opened)
-    items = [_fitting(item, opened) for item in items]
-    shown = []
-    for name, one in zip(_names(opened), opened, strict=True):
-        shown.append(Shown(name, *_trace(one, items, capacity, batch_size)))
-    size = opened[0].encoder.img_size
+    models = [load_sparse_model(path, img_size) for path in checkpoint]
+    names = different([model.name for model in models])
+    models = [model._replace(name=name) for name, model in zip(names, models, strict=True)]
+    _refuse_other_shapes(models)
+    items = [_fitting(item, models) for item in items]
+    shown = [Shown(model.name, *_trace(model, items, capacity, batch_size)) for model in models]
+    size = models[0].encoder.img_size
     pictures = [None if item.picture is None else open_picture(item, size)[1] for item in items]
     files = {
         "routing.html": render(items, pictures, shown).encode(),
@@ -92,59 +80,51 @@ def visualize(
     if len(files["routing.html"]) > MAX_PAGE_BYTES:
         size_mb = len(files["routing.html"]) / 1e6
         raise ConfigError(f"--limit: {len(items)} items make a page of {size_mb:.0f} MB (show fewer)")
-    for path in write_files(out, files):
+    for path in write_files(out, files | _figures(pictures, shown)):
         print(one_line(path))
     return 0
 
 
-def _check(checkpoint: Sequence[str], img_size: Sequence[int] | None, limit: int, batch_size: int) -> None:
+def _check(
+    checkpoint: Sequence[str], capacity: float | None, img_size: Sequence[int] | None, limit: int, batch_size: int
+) -> None:
     if not 1 <= len(checkpoint) <= 2:
         raise ConfigError(f"--checkpoint: {len(checkpoint)} given (name one run folder, or two to see side by side)")
     if img_size is not None and (len(img_size) > 2 or min(img_size) < 1):
         raise ConfigError(f"--img-size: {img_size} (give a side, or height and width, in pixels)")
+    if capacity is not None and not 0 < capacity < float("inf"):
+        raise ConfigError(f"--capacity: {capacity} is not positive (raise it, or leave it out to drop nothing)")
     for name, value in (("limit", limit), ("batch-size", batch_size)):
         if value < 1:
             raise ConfigError(f"--{name}: {value} is below 1 (raise it)")
 
 
-# -------------------------------------------------------------------------------------- checkpoints
-def _open(path: Path, img_size: Sequence[int] | None) -> Checkpoint:
-    changes = {} if img_size is None else {"img_size": list(img_size) * (3 - len(img_size))}
-    encoder = load_pretrained(path, **changes).eval()
+def load_sparse_model(path: str, img_size: Sequence[int] | None) -> TrainedModel:
+    """The model at ``path``, for pictures of ``img_size``.
+
+    Raises:
+        CheckpointError: it has no layer of experts, or see :func:`~.trained.load_model`.
+    """
+    changes = {} if img_size is None else {"img_size": (img_size[0], img_size[-1])}
+    model = load_model(path, **changes)
     try:
-        find_encoder(encoder)
+        find_encoder(model.encoder)
     except ConfigError as error:
         raise CheckpointError(f"{path}: {error}") from error
-    tokenizer = None
-    if "text" in encoder.modalities:
-        run = saved_run(path)
-        named = getattr(run.task, "text_tokenizer", None) if run is not None else None
-        tokenizer = create_text_tokenizer(**(named.model_dump() if named is not None else {"kind": "bpe"}))
-        if tokenizer.vocab_size > encoder.vocab_size:
-            what = f"{encoder.vocab_size} rows of text embedding, the tokenizer has {tokenizer.vocab_size} pieces"
-            raise CheckpointError(f"{path}: {what} (name the run folder, whose config.yaml names the tokenizer)")
-    return Checkpoint(path, encoder, tokenizer)
+    return model
 
 
-def _names(opened: Sequence[Checkpoint]) -> list[str]:
-    """The last part of every path that differs, run folder first: ``pretrain``, or ``pretrain/checkpoints/last``."""
-    parts = [checkpoint.path.resolve().parts for checkpoint in opened]
-    depths = [4 if "checkpoints" in part[-2:-1] else 2 for part in parts]
-    names = ["/".join(part[1 - depth :]) for part, depth in zip(parts, depths, strict=True)]
-    return names if len(set(names)) == len(names) else ["/".join(part) for part in parts]
-
-
-def _refuse_other_shapes(opened: Sequence[Checkpoint]) -> None:
-    shapes = [checkpoint.encoder.img_size for checkpoint in opened]
+def _refuse_other_shapes(models: Sequence[TrainedModel]) -> None:
+    shapes = [model.encoder.img_size for model in models]
     if any(height * shapes[0][1] != width * shapes[0][0] for height, width in shapes):
         what = " and ".join(f"{height} x {width}" for height, width in shapes)
         raise ConfigError(f"--checkpoint: pictures of {what}, not of one shape (give --img-size)")
 
 
 # ------------------------------------------------------------------------------------------- tracing
-def _fitting(item: Item, opened: Sequence[Checkpoint]) -> Item:
+def _fitting(item: Item, models: Sequence[TrainedModel]) -> Item:
     """What all checkpoints have a branch for; only samples of shards may lose something."""
-    branches = set.intersection(*(set(checkpoint.encoder.modalities) for checkpoint in opened))
+    branches = set.intersection(*(set(model.encoder.modalities) for model in models))
     fitting = item
     if "text" not in branches and not item.typed:
         fitting = replace(fitting, text=None)
@@ -159,7 +139,7 @@ def _fitting(item: Item, opened: Sequence[Checkpoint]) -> Item:
 
 
 def _trace(
-    checkpoint: Checkpoint, items: Sequence[Item], capacity_factor: float | None, batch_size: int
+    model: TrainedModel, items: Sequence[Item], capacity_factor: float | None, batch_size: int
 ) -> tuple[RoutingTrace, list[tuple[int | None, int | None]]]:
     """One trace of all items, and where each one's picture and text stand in it: pictures alone first, pairs last."""
     kinds = [(item.picture is not None, item.text is not None) for item in items]
@@ -168,16 +148,16 @@ def _trace(
         chosen = [number for number, found in enumerate(kinds) if found == kind]
         for start in range(0, len(chosen), batch_size):
             batch = chosen[start : start + batch_size]
-            traces.append(_trace_batch(checkpoint, [items[number] for number in batch], capacity_factor))
+            traces.append(_trace_batch(model, [items[number] for number in batch], capacity_factor))
             for number in batch:
                 places[number] = (num_images if kind[0] else None, num_texts if kind[1] else None)
                 num_images, num_texts = num_images + kind[0], num_texts + kind[1]
     return join_traces(traces), [places[number] for number in range(len(items))]
 
 
-def _trace_batch(checkpoint: Checkpoint, items: Sequence[Item], capacity_factor: float | None) -> RoutingTrace:
+def _trace_batch(model: TrainedModel, items: Sequence[Item], capacity_factor: float | None) -> RoutingTrace:
     """A trace of items of one kind."""
-    encoder, tokenizer = checkpoint.encoder, checkpoint.tokenizer
+    encoder, tokenizer = model.encoder, model.tokenizer
     images = text = padding = None
     pieces: list[list[str]] = []
     if items[0].picture is not None:
@@ -236,6 +216,30 @@ def _lines(
     token, *others = (column.tolist() for column in found)
     pool = (repeat(layer.block), repeat(layer.pool))
     return zip(repeat(checkpoint), items, repeat(part), token, *pool, *others, strict=False)
+
+
+def _figures(pictures: Sequence[Tensor | None], shown: Sequence[Shown]) -> dict[str, bytes]:
+    """Figures of all items together, and divergence maps of the first pictures; none without matplotlib."""
+    if importlib.util.find_spec("matplotlib") is None:
+        print("no figures: they need matplotlib (pip install 'mhmoe-vl[viz]')")
+        return {}
+    traces = {one.name: one.trace for one in shown}
+    made = {
+        "activation": draw.activation_heat_maps(traces),
+        "activated_share": draw.activated_share(traces),
+        "divergence": draw.divergence_histograms(traces),
+    }
+    if all(trace.num_images and trace.num_texts for trace in traces.values()):
+        made["modality_share"] = draw.modality_shares(traces)
+    for number, (name, trace) in enumerate(traces.items(), 1):
+        if trace.layers[0].num_subtokens > 1:
+            made[f"coactivation-{number}"] = draw.coactivation(trace, name)
+    with_picture = [number for number, picture in enumerate(pictures) if picture is not None]
+    for number in with_picture[:MAX_MAPS]:
+        image = pictures[number].permute(1, 2, 0).numpy()
+        places = {one.places[number][0] for one in shown}
+        made[f"divergence_map-{number}"] = draw.divergence_maps(image, traces, *places)
+    return {f"{name}.png": png(figure) for name, figure in made.items()}
 
 
 def write_files(folder: Path, files: Mapping[str, bytes]) -> list[Path]:
