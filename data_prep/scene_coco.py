@@ -12,9 +12,8 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
-from pycocotools import mask
 from scene_captions import caption
-from scene_drawing import COLORS, SHAPES, Point, Scene, SceneObject, pick, sample_scene
+from scene_drawing import COLORS, SHAPES, Point, Scene, SceneObject, draw_mask, pick, sample_scene
 from scene_files import Files
 
 NUM_CAPTIONS = 5
@@ -161,7 +160,7 @@ def _instances(image_id: int, item: Instances) -> list[dict[str, Any]]:
             area = round(sum(map(_area, polygons)), 2)
             found.append(_annotation(image_id, one.shape, segmentation, area, one.box(), crowd=False))
     if item.crowd:
-        region = _region(item)
+        region = draw_mask(item.crowd, item.scene.image_size)
         rle = {"counts": _run_lengths(region), "size": list(region.shape)}
         (top, left), (bottom, right) = (f(np.argwhere(region), axis=0).tolist() for f in (np.min, np.max))
         box = (left, top, right - left + 1, bottom - top + 1)
@@ -186,13 +185,6 @@ def _area(polygon: list[Point]) -> float:
     """Of a polygon, by the shoelace formula."""
     pairs = itertools.pairwise([*polygon, polygon[0]])
     return abs(sum(x0 * y1 - x1 * y0 for (x0, y0), (x1, y1) in pairs)) / 2
-
-
-def _region(item: Instances) -> np.ndarray:
-    """The pixels of a crowd, (side, side) of 0 and 1."""
-    side = item.scene.image_size
-    polygons = [list(itertools.chain(*polygon)) for one in item.crowd for polygon in one.polygons()]
-    return mask.decode(mask.merge(mask.frPyObjects(polygons, side, side)))
 
 
 def _run_lengths(region: np.ndarray) -> list[int]:
