@@ -213,11 +213,23 @@ def draw(scene: Scene) -> Image.Image:
     image = Image.fromarray(_background(scene)).resize((side, side), Image.Resampling.NEAREST)
     canvas = ImageDraw.Draw(image)
     for o in scene.objects:
-        for polygon in o.polygons():
-            # Pixel centres lie at half-way coordinates, which PIL's polygons count as whole ones.
-            corners = [(x * SUPERSAMPLING - 0.5, y * SUPERSAMPLING - 0.5) for x, y in polygon]
-            canvas.polygon(corners, fill=COLORS[o.color])
+        _fill(canvas, o, COLORS[o.color])
     return image.reduce(SUPERSAMPLING)
+
+
+def draw_mask(objects: Sequence[SceneObject], image_size: int) -> np.ndarray:
+    """The pixels that objects cover by half or more, (side, side) bool."""
+    side = image_size * SUPERSAMPLING
+    image = Image.new("L", (side, side))
+    for o in objects:
+        _fill(ImageDraw.Draw(image), o, 255)
+    return np.array(image.reduce(SUPERSAMPLING)) >= 128
+
+
+def _fill(canvas: ImageDraw.ImageDraw, item: SceneObject, fill: int | tuple[int, int, int]) -> None:
+    for polygon in item.polygons():
+        # Pixel centres lie at half-way coordinates, which PIL's polygons count as whole ones.
+        canvas.polygon([(x * SUPERSAMPLING - 0.5, y * SUPERSAMPLING - 0.5) for x, y in polygon], fill=fill)
 
 
 def _background(scene: Scene) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -32,9 +33,15 @@ class Pooler(nn.Module):
 
 
 def answer_head(dim: int, num_answers: int, *, norm_eps: float) -> nn.Sequential:
-    """BEiT-3's VQA head: D -> 2D, LayerNorm, GELU, 2D -> answers."""
+    """BEiT-3's VQA head: D -> 2D, LayerNorm, GELU, 2D -> answers.
+
+    Every answer starts with the probability 1 / answers, not 1/2: otherwise the first steps teach all layers below to
+    push all answers down, and saturate the pooler.
+    """
     norm = nn.LayerNorm(2 * dim, eps=norm_eps)
-    return nn.Sequential(start(nn.Linear(dim, 2 * dim)), norm, nn.GELU(), start(nn.Linear(2 * dim, num_answers)))
+    last = start(nn.Linear(2 * dim, num_answers))
+    nn.init.constant_(last.bias, -math.log(max(1, num_answers - 1)))
+    return nn.Sequential(start(nn.Linear(dim, 2 * dim)), norm, nn.GELU(), last)
 
 
 class StatementHead(nn.Module):

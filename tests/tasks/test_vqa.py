@@ -13,7 +13,7 @@ from tiny_world import COLORS, write_settings
 from mhmoe_vl import commands
 from mhmoe_vl.errors import CheckpointError
 from mhmoe_vl.models.factory import load_head_weights
-from mhmoe_vl.models.heads import ClassList
+from mhmoe_vl.models.heads import ClassList, answer_head
 
 
 @pytest.fixture(scope="module")
@@ -93,6 +93,15 @@ def test_heads_are_taken_where_name_and_shape_fit(finished, tmp_path):
     start = model.head.weight.clone()
     assert load_head_weights(model, finished) == ["pooler.dense.bias", "pooler.dense.weight"]
     assert torch.equal(model.head.weight, start)
+
+
+def test_every_answer_starts_as_one_of_many():
+    """Not as likely as not, which the first steps would have to unlearn in all layers."""
+    torch.manual_seed(0)
+    head = answer_head(16, 500, norm_eps=1e-5)
+    probabilities = head(torch.randn(8, 16)).sigmoid()
+    assert torch.allclose(probabilities, torch.full_like(probabilities, 1 / 500), rtol=0.5)
+    assert answer_head(16, 1, norm_eps=1e-5)[-1].bias.isfinite().all()
 
 
 def test_a_class_list_knows_its_own():
