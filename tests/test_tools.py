@@ -238,6 +238,6 @@ def test_the_demo_ends_with_its_verdict(tool, tmp_path, monkeypatch, capsys, aft
     (tmp_path / "pretrain" / "summary.json").write_text(json.dumps(summary | {"perplexity/texts/after": after}))
     assert tool("demo", "--out", tmp_path) == code
     out = capsys.readouterr().out.splitlines()
-    assert len([line for line in out if line.endswith(" s")]) == 3
+    assert len([line for line in out if line.endswith(" s")]) == 4
     assert ("all four perplexities" in out[-1]) == (code == 0)
     assert ("perplexity/texts 50 " in out[-1]) == (code == 1)

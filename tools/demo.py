@@ -1,4 +1,4 @@
-"""Everything once, on a drawn data set: scenes, visual tokenizer, MH-MoE pre-training, report.
+"""Everything once, on a drawn data set: scenes, visual tokenizer, MH-MoE pre-training, report, page of its routing.
 
 Ends with 1 when the pre-trained model has not learnt: each of its four validation perplexities must end below half of
 its value before training, and below the perplexity without a model.
@@ -37,6 +37,10 @@ def demo(out: Path) -> int:
             "tools/pretrain.py",
             *("--config", ROOT / "configs/pretrain/scenes_tiny.yaml"),
             *("--output_dir", run, "--task.data_dir", data, "--task.visual_tokenizer", tokenizer),
+        ],
+        "Showing where sub-tokens go": [
+            "tools/visualize_routing.py",
+            *("--checkpoint", run, "--image", data / "pairs/val", "--limit", 48, "--out", out / "routing"),
         ],
     }
     for title, (script, *options) in stages.items():

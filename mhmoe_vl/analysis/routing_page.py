@@ -1,6 +1,6 @@
 """``routing.html``: where sub-tokens go, on one page that opens from disk, without a server or network.
 
-The page is ``routing.html`` with ``routing.css`` and ``routing.js`` set in, and the traces as JSON. Text reaches the
+The page is ``routing.html`` with ``routing.css`` and the script ``routing_*.js`` set in, and the traces as JSON. Text reaches the
 document through ``textContent`` only; the content security policy names the hashes of the one script and the one
 style sheet and allows nothing else. Choices are packed per sample as little-endian arrays in base64:
 
@@ -33,6 +33,9 @@ from .trace import DIGITS, PARTS, LayerTrace, RoutingTrace, TokenTrace
 
 COPY, DROPPED = 1 << 14, 1 << 15
 UNITS = 10**DIGITS
+SCRIPTS = ("data", "draw", "panels", "sheets", "actions")
+"""Parts of the script, in this order."""
+_FOLDER = Path(__file__).parent
 
 
 @dataclass(frozen=True)
@@ -63,7 +66,9 @@ def render(items: Sequence[Item], pictures: Sequence[Tensor | None], shown: Sequ
         "samples": [_sample(item, picture) for item, picture in zip(items, pictures, strict=True)],
         "models": [_model(one, len(items)) for one in shown],
     }
-    style, script = (Path(__file__).with_name(f"routing.{kind}").read_text(encoding="utf-8") for kind in ("css", "js"))
+    style = (_FOLDER / "routing.css").read_text(encoding="utf-8")
+    parts = [(_FOLDER / f"routing_{name}.js").read_text(encoding="utf-8") for name in SCRIPTS]
+    script = '"use strict";\n(() => {\n' + "\n".join(parts) + "})();\n"
     return template("routing.html").render(
         title=" and ".join(one.name for one in shown),
         style=style,

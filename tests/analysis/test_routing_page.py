@@ -304,8 +304,8 @@ def test_the_policy_allows_the_one_script_only(tmp_path, open_page, browser):
 
 
 def test_all_256_experts_look_different(pages):
-    """Colour, pattern, mark and its size: by the rules of routing.js, told apart without colours within 8 of a hue."""
+    """Colour, pattern, mark and its size: by the rules of routing_draw.js, told apart without colours within 8 of a hue."""
     looks = {(e % 8, (e + (e >> 3)) % 8, (e >> 6) % 2, e >= 128) for e in range(256)}
     assert len(looks) == 256
-    script = Path(routing_page.__file__).with_name("routing.js").read_text()
+    script = Path(routing_page.__file__).with_name("routing_draw.js").read_text()
     assert "(expert + (expert >> 3)) % 8" in script and "(expert >> 6) % 2" in script and "expert >= 128" in script
