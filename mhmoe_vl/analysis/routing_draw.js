@@ -1,8 +1,8 @@
 // Colours and patterns of experts, and what is drawn on canvases.
 
 // --------------------------------------------------------------------------------- colours
-const patternOf = (expert) => (expert + (expert >> 3)) % 8;
-// From 64 on colours and patterns come again, with a light mark, then a larger one.
+// From 64 on colours and patterns come again, with a light mark, then a larger one; plain colours then have a mark too.
+const patternOf = (expert) => (expert + (expert >> 3)) % 8 || (expert < 64 ? 0 : 8);
 const markOf = (expert) => (expert >> 6) % 2 ? "#ffffff" : "#14181f";
 
 function dress(node, expert) {
@@ -26,7 +26,7 @@ function patternFor(context, expert) {
   const falling = () => { line(-2, -2, size + 2, size + 2); line(size - 2, -2, size + 2, 2); line(-2, size - 2, 2, size + 2); };
   const across = () => line(0, size / 2, size, size / 2), upright = () => line(size / 2, 0, size / 2, size);
   [() => {}, rising, () => { pen.beginPath(); pen.arc(size / 2, size / 2, 2.2, 0, 7); pen.fill(); }, across, falling, upright,
-    () => { rising(); falling(); }, () => { across(); upright(); }][patternOf(expert)]();
+    () => { rising(); falling(); }, () => { across(); upright(); }, () => { pen.fillRect(0, 0, size / 2, size / 2); pen.fillRect(size / 2, size / 2, size / 2, size / 2); }][patternOf(expert)]();
   patterns.set(expert, context.createPattern(tile, "repeat"));
   return patterns.get(expert);
 }

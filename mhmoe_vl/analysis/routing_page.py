@@ -1,8 +1,8 @@
 """``routing.html``: where sub-tokens go, on one page that opens from disk, without a server or network.
 
-The page is ``routing.html`` with ``routing.css`` and the script ``routing_*.js`` set in, and the traces as JSON. Text reaches the
-document through ``textContent`` only; the content security policy names the hashes of the one script and the one
-style sheet and allows nothing else. Choices are packed per sample as little-endian arrays in base64:
+The page is ``routing.html`` with ``routing.css`` and the script ``routing_*.js`` set in, and the traces as JSON. Text
+reaches the document through ``textContent`` only; the content security policy names the hashes of the one script and
+the one style sheet and allows nothing else. Choices are packed per sample as little-endian arrays in base64:
 
 for each pool of experts, for each of ``class``, ``patch`` and ``text`` that passed it (bits 1, 2, 4 of ``passes``):
 

@@ -10,7 +10,6 @@ import pytest
 import torch
 from known_router import drawn_colors, known_choices, write_run
 
-from mhmoe_vl.analysis import routing_page
 from mhmoe_vl.analysis.routing_page import Shown, render
 from mhmoe_vl.analysis.samples import Item
 from mhmoe_vl.analysis.trace import LayerTrace, RoutingTrace, TokenTrace
@@ -272,8 +271,8 @@ def test_what_others_wrote_is_shown_as_text_and_runs_nothing(tmp_path, open_page
     keep(page, "routing_hostile")
 
 
-def small_trace(pieces: list[list[str]]) -> RoutingTrace:
-    """One layer of two experts: every picture has one patch and the class token."""
+def small_trace(pieces: list[list[str]], num_experts: int = 2) -> RoutingTrace:
+    """One layer, experts 0 and 1 in use: every picture has one patch and the class token."""
     rng = np.random.default_rng(0)
 
     def tokens(length: int) -> TokenTrace:
@@ -282,7 +281,9 @@ def small_trace(pieces: list[list[str]]) -> RoutingTrace:
         found.gates[:], found.kept[:], found.present[:], found.counted[:] = 0.5, True, True, True
         return found
 
-    layer = LayerTrace(0, "joint", 2, 1, 1, {"class": tokens(1), "patch": tokens(1), "text": tokens(len(pieces[0]))})
+    layer = LayerTrace(
+        0, "joint", num_experts, 1, 1, {"class": tokens(1), "patch": tokens(1), "text": tokens(len(pieces[0]))}
+    )
     return RoutingTrace(
         layers=(layer,), grid=(1, 1), num_images=len(pieces), num_texts=len(pieces), num_pairs=len(pieces),
         pieces=tuple(map(tuple, pieces)), capacity_factor=None,
@@ -303,9 +304,14 @@ def test_the_policy_allows_the_one_script_only(tmp_path, open_page, browser):
     context.close()
 
 
-def test_all_256_experts_look_different(pages):
-    """Colour, pattern, mark and its size: by the rules of routing_draw.js, told apart without colours within 8 of a hue."""
-    looks = {(e % 8, (e + (e >> 3)) % 8, (e >> 6) % 2, e >= 128) for e in range(256)}
-    assert len(looks) == 256
-    script = Path(routing_page.__file__).with_name("routing_draw.js").read_text()
-    assert "(expert + (expert >> 3)) % 8" in script and "(expert >> 6) % 2" in script and "expert >= 128" in script
+def test_256_experts_look_different_and_are_numbered(tmp_path, open_page, keep):
+    """Colour, pattern, its mark or its size; and without colours within any eight that follow each other."""
+    path = tmp_path / "routing.html"
+    path.write_text(render([Item("a", "a", text="x")], [None], [Shown("m", small_trace([["x"]], 256), [(None, 0)])]))
+    page = open_page(path)
+    look = "b => [b.textContent, ...['Color', 'Image', 'Size'].map(part => getComputedStyle(b)['background' + part])]"
+    looks = page.eval_on_selector_all(".loads .badge", f"all => all.map({look})")
+    assert [number for number, *_ in looks] == [str(expert) for expert in range(256)]
+    assert len({tuple(rest) for _, *rest in looks}) == 256
+    assert all(len({image for _, _, image, _ in looks[i : i + 8]}) == 8 for i in range(0, 256, 8))
+    keep(page, "routing_256")
