@@ -102,7 +102,7 @@ class Trainer:
             self.optimizer.step()
             if self.ema is not None:
                 self.ema.update(self.model)
-        self.optimizer.zero_grad(set_to_none=False)
+        self.optimizer.zero_grad()
         if not logged:
             return Step(finite, {})
         values = self._named(losses.tolist(), list(counts.targets))

@@ -80,7 +80,7 @@ def test_empty_pictures_crowds_and_sparse_categories(coco):
 
 
 def test_masks_are_where_something_is_drawn(coco):
-    """Pixels that a shape covers wholly are in the mask, those that none touches are not; pycocotools rounds the rim."""
+    """Pixels that a shape covers wholly are in the mask, those that none touches are not; the rim is rounded."""
     truth = load(coco, "train")
     items = scenes.make_examples("coco", 150, 0, seed=0, image_size=64)["train"]
     for image, item in zip(truth.imgs.values(), items, strict=True):
