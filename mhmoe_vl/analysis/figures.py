@@ -51,7 +51,7 @@ def activation_heat_maps(models: Mapping[str, Counted], per: str = "token") -> A
             panels; for the others each panel has its own, from 0.
     """
     counts = _all_counts(models)
-    width = 3.1 if len(counts) > 1 else 5.0
+    width = 3.1 if len(counts) > 1 else 6.2
     rows = max(len(a.used) for a in counts.values())
     figure, axes = panels(len(counts), width, 1.5 + 0.22 * rows, most=3)
     label = {"token": "choices / tokens", "row": "choices / routed rows", "even": "choices / even share"}[per]
@@ -130,7 +130,7 @@ def modality_shares(models: Mapping[str, Counted]) -> Any:
     """
     counts = _all_counts(models)
     rows = max(len(a.used) for a in counts.values())
-    figure, axes = panels(len(counts), 3.1 if len(counts) > 1 else 5.0, 1.5 + 0.22 * rows, most=3)
+    figure, axes = panels(len(counts), 3.1 if len(counts) > 1 else 6.2, 1.5 + 0.22 * rows, most=3)
     for ax, (name, activation) in zip(axes, counts.items(), strict=True):
         values = np.stack([text_preference(activation, pool) for pool in activation.used])
         names = [pool_label(pool) for pool in activation.used]
