@@ -105,6 +105,8 @@ models.forEach((model, m) => {
   byId("about").append(theirs(model.name, "b"), about);
 });
 document.addEventListener("keydown", keys);
+byId("find").hidden = !samples.some((sample) => sample.text);
+byId("word").addEventListener("input", drawFound);
 matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => models.forEach((_, m) => drawMap(m)));
 buildStrip();
 show(0);

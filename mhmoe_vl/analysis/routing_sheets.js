@@ -38,6 +38,19 @@ function drawExpert(m) {
     crops(m, varied(found.patches, CROPS * MORE)), words(m, found.words.slice(0, WORDS * MORE)));
 }
 
+// The experts that take a word in the blocks shown, most first: choices that went to each / all of the word's choices.
+function drawFound() {
+  const word = byId("word").value.trim().toLowerCase();
+  const lines = models.flatMap((model, m) => model.layers.map((layer, index) => [layer, index])
+    .filter(([layer, index]) => layer.block === state.blocks[m] && survey(m, index).some(({text}) => text)).map(([layer, index]) => {
+      const takers = survey(m, index).map(({words}, expert) => ({expert, ...words.find((entry) => entry.word.toLowerCase() === word)}))
+        .filter(({choices}) => choices).sort((a, b) => b.choices - a.choices || a.expert - b.expert);
+      return make("p", {}, make("span", {}, "Block " + layer.block, ...(models.length > 1 ? [" of ", theirs(model.name)] : []), ":"),
+        takers.length ? takers.map(({expert, choices, of}) => make("span", {}, badge(m, index, expert), choices + "/" + of)) : "not among the words shown here");
+    }));
+  byId("found").replaceChildren(...(word ? lines : []));
+}
+
 let sheetShown = "";
 function drawSheet() {
   const key = JSON.stringify([state.blocks, state.expert, state.sheets]);
@@ -59,6 +72,7 @@ function drawSheet() {
           "more of the " + order.length + " experts")] : [])];
     }));
   byId("sheet").replaceChildren(...sections.flat());
+  drawFound();
 }
 
 // -------------------------------------------------------------------------------------- samples

@@ -193,6 +193,14 @@ def test_words_and_patches_of_an_expert_are_its_own(pages, open_page):
     page = open_page(pages / "one" / "routing.html")
     choose(page, "Block", 0)
     assert page.text_content("[data-sheet='2'] .words button .theirs") == "dog"
+    page.fill("#word", " DOG ")
+    found = page.eval_on_selector_all("#found p > span", "all => all.map(node => node.textContent)")
+    assert found == ["Block 0:", "14/8", "24/8"]  # experts 1 and 2: the first and second choice of both sub-tokens
+    choose(page, "Block", 1)
+    assert page.text_content("#found") == "Block 1:14/824/8"  # 3 - 2 and 3 - 1
+    page.fill("#word", "<b>cat</b>")
+    assert page.text_content("#found") == "Block 1:not among the words shown here"
+    choose(page, "Block", 0)
     crops = page.eval_on_selector_all(
         "[data-sheet='2'] .crops button", "all => all.map(b => [Number(b.dataset.sample), Number(b.dataset.patch)])"
     )
