@@ -18,7 +18,7 @@ MAY_IMPORT = {
     "models": {"nn"},
     "train": {"tasks.base", "data.loader"},
     "tasks": {"models", "data", "metrics"},
-    "analysis": {"models", "data"},
+    "analysis": {"models", "data", "nn.router", "nn.dispatch"},
     "commands": {"data", "metrics", "models", "train.checkpoint"},
 }
 LAZY_OK = {"cli.py", "__init__.py"}

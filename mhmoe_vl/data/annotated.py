@@ -91,7 +91,7 @@ class PictureFolders:
             raise DataError("no folder of pictures (name at least one)")
         self.first, self._places = Path(folders[0]), {}
         for folder in folders:
-            found = list(_pictures_in(Path(folder)))
+            found = list(pictures_in(Path(folder)))
             if not found:
                 raise DataError(f"{folder}: no picture in it (name a folder of pictures)")
             for path in found:
@@ -120,8 +120,12 @@ class PictureFolders:
         return found
 
 
-def _pictures_in(folder: Path) -> Iterator[Path]:
-    """The pictures of a folder, then those of the folders right below it; nothing hidden."""
+def pictures_in(folder: Path) -> Iterator[Path]:
+    """The pictures of a folder and of the folders right below it, in no order; nothing hidden.
+
+    Raises:
+        DataError: a folder cannot be read.
+    """
     try:
         entries = [entry for entry in os.scandir(folder) if not entry.name.startswith(".")]
         inside = sorted(entry.path for entry in entries if entry.is_dir())

@@ -31,9 +31,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from .. import __version__, distributed
+from ..checks import CHECKPOINT_FORMAT, check_format
 from ..errors import CheckpointError, one_line
 
-FORMAT = 1
 SHOWN = 5
 
 
@@ -89,7 +89,7 @@ def _write(folder: Path, parts: Mapping[str, Mapping[str, Tensor]], state: Mappi
     folder.mkdir()
     for part, tensors in parts.items():
         save_file(_separate(tensors), folder / f"{part}.safetensors")
-    versions = {"format": FORMAT, "package": __version__, "torch": str(torch.__version__)}
+    versions = {"format": CHECKPOINT_FORMAT, "package": __version__, "torch": str(torch.__version__)}
     (folder / "state.json").write_text(json.dumps({**versions, **state}, indent=1))
     (folder / "config.yaml").write_text(config)
     checksums = json.dumps({path.name: _sha256(path) for path in sorted(folder.iterdir())}, indent=1)
@@ -195,9 +195,7 @@ def read(path: Path) -> Checkpoint:
     """
     verify(path)
     state = json.loads((path / "state.json").read_bytes())
-    if state["format"] > FORMAT:
-        made = one_line(state.get("package"), 20)
-        raise CheckpointError(f"{path}: made by mhmoe_vl {made}, this is {__version__} (upgrade)")
+    check_format(state, path)
     try:
         tensors = {file.stem: load_file(file) for file in sorted(path.glob("*.safetensors"))}
     except SafetensorError as error:
