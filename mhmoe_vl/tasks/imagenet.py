@@ -35,6 +35,7 @@ from ..data.labelled import (
 from ..data.loader import EvalBatches, Source, StepDataset, StreamedShards, eval_batches
 from ..data.mixing import Mix, MixedSteps, Mixing
 from ..data.sample import Sample
+from ..data.shards import expand_shards
 from ..data.transforms import ImageTransform
 from ..errors import ConfigError
 from ..models.classifier import ImageClassifier
@@ -164,6 +165,7 @@ class ImageNet(Task):
             return read_classes(self.data_dir / self.given_classes)
         folder = class_root(self.places["train"], self.data_dir)
         if folder is None:
+            expand_shards(self.places["train"], self.data_dir)  # which says so when there are none
             what = "not set, and shards do not name their classes"
             raise ConfigError(f"task.classes: {what} (give the classes.json that they were packed with, or a number)")
         return class_folders(folder)
@@ -285,14 +287,20 @@ class ImageNet(Task):
         """Pictures with the five best classes as bars."""
         return [
             {
-                "images": [record["image"]],
-                "caption": record["id"],
+                "images": [self._picture(record)],
+                "caption": record["image"] if isinstance(record["id"], int) else record["id"],
                 "right": record["prediction"] == record["label"],
                 "rows": [["class", record["prediction"]], ["true class", record["label"]]],
                 "bars": record["candidates"],
             }
             for record in records
         ]
+
+    def _picture(self, record: Record) -> str | bytes:
+        """The path of a validated picture, or its bytes where it lies in a shard."""
+        if isinstance(record["id"], str):
+            return record["image"]
+        return (self.val if self.places["val"] is not None else self.given)[record["id"]].image()
 
     def submission(self, records: list[Record]) -> dict[str, str]:
         """A table of all pictures: true class, and the five best with their probabilities."""
@@ -317,7 +325,7 @@ class _Examples:
             number, identity, image = sample.record, sample.key, str(sample.pictures[0])
             data = sample.picture()
         else:
-            number, identity = label_in_shard(sample, len(self.classes)), f"{sample.index:09d}"
+            number, identity = label_in_shard(sample, len(self.classes)), sample.index
             image, data = f"{sample.shard}:{sample.key}", sample.image()
         record = {"id": identity, "image": image, "label": self.classes[number]}
         return {"picture": self.pictures(data, rng), "label": number, "record": record}
