@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, one_line
 
 _STD = 0.02
+_NAME_BYTES = 255
 
 
 class Pooler(nn.Module):
@@ -72,6 +74,35 @@ def start(linear: nn.Linear) -> nn.Linear:
     nn.init.trunc_normal_(linear.weight, std=_STD)
     nn.init.zeros_(linear.bias)
     return linear
+
+
+class ClassNames(nn.Module):
+    """The names of a head's classes in their order: saved with the weights, and compared when weights are loaded.
+
+    Args:
+        names: at most 255 bytes each.
+    """
+
+    def __init__(self, names: Sequence[str]) -> None:
+        super().__init__()
+        rows = [list(name.encode().ljust(_NAME_BYTES, b"\0")) for name in names]
+        self.register_buffer("names", torch.tensor(rows, dtype=torch.uint8))
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *others: Any) -> None:
+        saved = state_dict.get(f"{prefix}names")
+        if saved is not None and saved.shape == self.names.shape:
+            differ = (saved.cpu() != self.names.cpu()).any(1).nonzero().flatten().tolist()
+            if differ:
+                theirs, ours = (_name(names[differ[0]]) for names in (saved, self.names))
+                raise CheckpointError(
+                    f"{prefix}names: class {differ[0]} is {theirs!r} in the weights and {ours!r} in the data;"
+                    f" {len(differ)} classes differ (give task.classes in the order of the weights)"
+                )
+        super()._load_from_state_dict(state_dict, prefix, *others)
+
+
+def _name(row: Tensor) -> str:
+    return one_line(bytes(row.tolist()).rstrip(b"\0").decode(errors="replace"), 60)
 
 
 class ClassList(nn.Module):

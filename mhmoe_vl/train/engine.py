@@ -147,13 +147,13 @@ class _Run:
         if any(entry != settings[0] for entry in distributed.gather_records(settings)):
             raise ConfigError("ranks were started with different configurations (use one command line for all)")
         found = checkpoint.share(lambda: resume.starting_point(self.run_dir, self.config, self.log.say))
+        goes_on = found is not None
+        distributed.on_main(lambda: resume.keep_recorded(self.run_dir, self.task.recorded(), goes_on=goes_on))
         if found is None:
             self.log.cut(-1, -1)
         else:
             self._restore(found)
             self.log.cut(self.progress.step, self.progress.evaluated)
-        goes_on = found is not None
-        distributed.on_main(lambda: resume.keep_recorded(self.run_dir, self.task.recorded(), goes_on=goes_on))
         if distributed.is_main():
             resume.write_config(self.run_dir / "config.yaml", self.config)
 
