@@ -130,9 +130,8 @@ def ask_list(scene: Scene, rng: np.random.Generator) -> Question | None:
 
 
 KINDS = (
-    *(ask_background, ask_background, ask_background, ask_if_background, ask_if_background, ask_total, ask_total),
-    *(ask_presence, ask_presence, ask_count, ask_color, ask_color, ask_shape, ask_size),
-    *(ask_attribute, ask_place, ask_relation, ask_neighbor, ask_list),
+    *(*(ask_background,) * 4, *(ask_color,) * 6, *(ask_total,) * 3, ask_if_background, ask_presence, ask_attribute),
+    *(ask_count, ask_shape, ask_size, ask_place, ask_relation, ask_neighbor, ask_list),
 )
 """Kinds of questions, each as often as it is asked: from what a small model learns at once to what it hardly does."""
 

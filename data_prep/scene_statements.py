@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from scene_captions import ENGLISH
-from scene_drawing import BACKGROUNDS, Scene, pick, sample_scene
+from scene_drawing import BACKGROUNDS, FEW, Scene, pick, sample_scene
 from scene_files import Files
 from scene_looks import Look, any_look, find, look_of, phrase, with_article
 
@@ -40,6 +40,9 @@ ALIKE = {
         ("have the same number of shapes", "do not have the same number of shapes"),
     ),
 }
+ALIKE_KINDS = (*("background",) * 4, "count")
+DENIED = 0.25
+"""How often "The images have the same background." comes with its denial."""
 OTHERS = ("the {other} one", "the {other} {image}", "the other {image}", "the other one")
 
 
@@ -110,7 +113,7 @@ class StatementSet(NamedTuple):
 # -------------------------------------------------------------------------------------------- targets
 def look_target(rng: np.random.Generator) -> Target:
     """ "a star", "a red shape" or "a red star"."""
-    look = any_look(rng, pick(rng, (("shape",), ("color",), ("shape", "color"))))
+    look = any_look(rng, pick(rng, (("shape",), ("color",), ("color",), ("shape", "color"))))
 
     def plant(scene: Scene, rng: np.random.Generator) -> Scene:
         return _repaint(scene, int(rng.integers(len(scene.objects))), look)
@@ -169,11 +172,16 @@ def _repaint(scene: Scene, number: int, look: Look) -> Scene:
     return replace(scene, objects=(*scene.objects[:number], item, *scene.objects[number + 1 :]))
 
 
-TARGETS = (*(background_target,) * 4, *(look_target,) * 3, *(count_target,) * 2, relation_target)
+TARGETS = (*(background_target,) * 4, *(look_target,) * 3, count_target, relation_target)
 """Kinds of targets, each as often as it is drawn: a small model learns backgrounds first and relations last."""
 
 
 # -------------------------------------------------------------------------------------------- topics
+def simple_scene(rng: np.random.Generator, image_size: int) -> Scene:
+    """A scene of mostly one or two shapes."""
+    return sample_scene(rng, image_size, FEW)
+
+
 def quantified_topic(rng: np.random.Generator) -> Topic:
     """Statements about which of the pictures show a target."""
     target = pick(rng, TARGETS)(rng)
@@ -182,7 +190,7 @@ def quantified_topic(rng: np.random.Generator) -> Topic:
     first, second = (pattern.format(**words) for pattern in pick(rng, quantifier.patterns))
 
     def draw(rng: np.random.Generator, image_size: int) -> Scene:
-        scene = sample_scene(rng, image_size)
+        scene = simple_scene(rng, image_size)
         return target.plant(scene, rng) if rng.integers(2) else scene
 
     return Topic((first, second), lambda *pair: quantifier.true_of(*map(target.shown, pair)), draw)
@@ -190,14 +198,14 @@ def quantified_topic(rng: np.random.Generator) -> Topic:
 
 def alike_topic(rng: np.random.Generator) -> Topic:
     """Statements on whether the pictures have one background, or equally many shapes."""
-    kind, image, subject = pick(rng, tuple(ALIKE)), pick(rng, IMAGES), pick(rng, SUBJECTS)
+    kind, image, subject = pick(rng, ALIKE_KINDS), pick(rng, IMAGES), pick(rng, SUBJECTS)
     first, second = (f"{subject} {predicate}.".format(image=image) for predicate in pick(rng, ALIKE[kind]))
     value = (lambda scene: scene.background) if kind == "background" else (lambda scene: len(scene.objects))
 
     def true_of(left: Scene, right: Scene) -> tuple[bool, bool]:
         return value(left) == value(right), value(left) != value(right)
 
-    return Topic((first, second), true_of, sample_scene)
+    return Topic((first, second) if rng.random() < DENIED else (first,), true_of, simple_scene)
 
 
 def more_topic(rng: np.random.Generator) -> Topic:
@@ -211,10 +219,10 @@ def more_topic(rng: np.random.Generator) -> Topic:
         difference = (len(left.objects) - len(right.objects)) * (1 if amount == "more" else -1)
         return difference > 0, difference < 0
 
-    return Topic((first, second), true_of, sample_scene)
+    return Topic((first, second), true_of, simple_scene)
 
 
-TOPICS = (*(quantified_topic,) * 5, alike_topic, more_topic, more_topic)
+TOPICS = (*(alike_topic,) * 6, *(quantified_topic,) * 3, more_topic)
 
 
 def make_statements(rng: np.random.Generator, image_size: int) -> StatementSet:

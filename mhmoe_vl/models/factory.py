@@ -9,6 +9,7 @@ import difflib
 import fnmatch
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from .classifier import ImageClassifier
 from .convert import OURS, PUBLISHED, from_published
 from .convert_vqkd import read_weights
 from .encoder import Encoder
+from .heads import ClassList
 
 # embed_dim, depth, num_heads, hidden_dim, patch_size
 _SIZES = {
@@ -227,14 +229,16 @@ def load_encoder_weights(encoder: Encoder, source: str | Path) -> None:
     encoder.load_state_dict(weights)
 
 
-def load_head_weights(model: torch.nn.Module, source: str | Path) -> list[str]:
+def load_head_weights(model: torch.nn.Module, source: str | Path, say: Callable[[str], None] = print) -> list[str]:
     """Fill what stands outside ``model.encoder`` from saved weights, where name and shape are the same.
 
-    So captioning goes on with the text head of pre-training; a head that the file does not have keeps its start.
+    So captioning goes on with the text head of pre-training; a head that the file does not have keeps its start, and so
+    does a layer whose outputs are another list of classes in the file.
 
     Args:
         model: has its encoder under the name ``encoder``.
         source: as for :func:`load_encoder_weights`.
+        say: told, in a line, of a layer that is left out for its classes.
 
     Returns:
         Names of the weights taken.
@@ -244,6 +248,11 @@ def load_head_weights(model: torch.nn.Module, source: str | Path) -> list[str]:
     """
     file = _weights_file(Path(source))
     saved = read_weights(file)
+    for name, classes in model.named_modules():
+        if isinstance(classes, ClassList) and classes.differs(saved.get(f"{name}.sha256")):
+            say(f"{file}: trained for another list of classes, so {classes.layer} starts anew")
+            left_out = (f"{name}.", f"{classes.layer}.")
+            saved = {key: value for key, value in saved.items() if not key.startswith(left_out)}
     taken = {
         name: saved[name]
         for name, value in model.state_dict().items()

@@ -79,15 +79,21 @@ class ClassList(nn.Module):
 
     Args:
         sha256: in hexadecimal.
+        layer: name in the model of the layer whose outputs the classes are.
     """
 
-    def __init__(self, sha256: str) -> None:
+    def __init__(self, sha256: str, layer: str) -> None:
         super().__init__()
+        self.layer = layer
         self.register_buffer("sha256", torch.tensor(list(bytes.fromhex(sha256)), dtype=torch.uint8))
+
+    def differs(self, saved: Tensor | None) -> bool:
+        """Whether a saved hash is that of another list; none is not."""
+        return saved is not None and not torch.equal(saved.cpu(), self.sha256.cpu())
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *others: Any) -> None:
         saved = state_dict.get(f"{prefix}sha256")
-        if saved is not None and not torch.equal(saved.cpu(), self.sha256.cpu()):
+        if self.differs(saved):
             ours, theirs = (bytes(value.tolist()).hex()[:12] for value in (self.sha256.cpu(), saved.cpu()))
             raise CheckpointError(
                 f"{prefix}sha256: weights were trained for the list of classes {theirs}..., this one is {ours}..."
