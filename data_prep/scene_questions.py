@@ -18,6 +18,14 @@ MIDDLE, CLEAR = 0.12, 1.5
 the other one before a place counts."""
 
 
+BACKGROUND_QUESTIONS = (
+    "What color is the background?",
+    "What is the color of the background?",
+    "What is the background color?",
+    "Which color is the background?",
+)
+
+
 class Question(NamedTuple):
     """A question, its true answer, and its official answer type."""
 
@@ -107,8 +115,9 @@ def ask_neighbor(scene: Scene, rng: np.random.Generator) -> Question | None:
 
 
 def ask_background(scene: Scene, rng: np.random.Generator) -> Question:
-    """ "What color is the background?" """
-    return Question("What color is the background?", scene.background.replace("grey", "gray"))
+    """ "What color is the background?", "What color is behind the star?" """
+    behind = f"What color is behind the {_name(scene, int(rng.integers(len(scene.objects))))}?"
+    return Question(pick(rng, (*BACKGROUND_QUESTIONS, behind)), scene.background.replace("grey", "gray"))
 
 
 def ask_if_background(scene: Scene, rng: np.random.Generator) -> Question:
@@ -130,7 +139,7 @@ def ask_list(scene: Scene, rng: np.random.Generator) -> Question | None:
 
 
 KINDS = (
-    *(*(ask_background,) * 4, *(ask_color,) * 6, *(ask_total,) * 3, ask_if_background, ask_presence, ask_attribute),
+    *(*(ask_background,) * 6, *(ask_color,) * 6, *(ask_total,) * 3, ask_if_background, ask_presence, ask_attribute),
     *(ask_count, ask_shape, ask_size, ask_place, ask_relation, ask_neighbor, ask_list),
 )
 """Kinds of questions, each as often as it is asked: from what a small model learns at once to what it hardly does."""

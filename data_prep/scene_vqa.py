@@ -74,8 +74,8 @@ TAKEN_FOR = {
     "middle": ("left", "right"),
 }
 PREFIXES = (
-    *("are there any", "how", "how many", "is the", "is there", "is there a", "what"),
-    *("what color is the", "what is", "where is the", "which"),
+    *("are there any", "how", "how many", "is the", "is there", "is there a", "what", "what color is"),
+    *("what color is the", "what is", "what is the", "what is the color of the", "where is the", "which"),
 )
 """The official question types that questions about scenes can have."""
 

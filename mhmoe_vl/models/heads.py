@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..errors import CheckpointError, one_line
 
 _STD = 0.02
+_SMALL = 0.001
 _NAME_BYTES = 255
 
 
@@ -46,10 +47,7 @@ def answer_head(dim: int, num_answers: int, *, norm_eps: float) -> nn.Sequential
 
 
 class StatementHead(nn.Module):
-    """BEiT-3's NLVR2 head: LayerNorm, linear to 2D, LayerNorm, GELU, linear to false and true.
-
-    The published code starts the linear layers 1,000 times smaller. That is a saddle point where statement and pictures
-    tell the truth only together: neither layer gets a gradient before the other one has grown.
+    """BEiT-3's NLVR2 head: LayerNorm, linear to 2D, LayerNorm, GELU, linear to false and true (nearly 0 at the start).
 
     Args:
         dim: token width D.
@@ -63,6 +61,8 @@ class StatementHead(nn.Module):
         self.dense1 = start(nn.Linear(num_features * dim, 2 * dim))
         self.norm2 = nn.LayerNorm(2 * dim, eps=norm_eps)
         self.dense2 = start(nn.Linear(2 * dim, 2))
+        with torch.no_grad():
+            self.dense2.weight.mul_(_SMALL)
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits ``(B, 2)`` of ``(B, num_features * D)``."""
