@@ -158,6 +158,7 @@ WORLDS = {
 }  # fmt: skip
 CROP = {"min_crop": 1.0, "flip": 0.0, "color_jitter": 0.0}
 PAIRS = {"augment": CROP, "max_text_len": 12}
+LR = {"detection": 1e-3}  # which proposals are sampled jumps where scores are close, so differences grow faster
 TASKS = {
     "vqa": {
         **PAIRS, "train": questions("train"), "val": questions("val"),
@@ -180,7 +181,7 @@ def settings(kind: str, world: Path, out: Path, **task) -> dict:
         "output_dir": str(out),
         "encoder": ENCODER,
         "task": {"kind": kind, "data_dir": str(world), **TASKS[kind], **task},
-        "optim": {"lr": 5e-3, "warmup_steps": 2},
+        "optim": {"lr": LR.get(kind, 5e-3), "warmup_steps": 2},
         "train": {
             "steps": 60, "log_every": 20, "num_workers": 0, "threads": 1, "precision": "float32", "device": "cpu",
         },
