@@ -120,7 +120,7 @@ def run_folder(path: Path) -> Path:
 
 def build_task(settings: config.RunConfig) -> Any:
     """The task of a run; raises before data or accelerator are touched when sizes do not fit."""
-    from .tasks import captioning, imagenet, masked_modeling, nlvr2, visual_tokenizer, vqa
+    from .tasks import captioning, detection, imagenet, masked_modeling, nlvr2, visual_tokenizer, vqa
     from .tasks.base import InputSpec
 
     tasks = {
@@ -130,6 +130,7 @@ def build_task(settings: config.RunConfig) -> Any:
         "nlvr2": nlvr2.NLVR2,
         "captioning": captioning.Captioning,
         "imagenet": imagenet.ImageNet,
+        "detection": detection.Detection,
     }
     if settings.encoder is None and settings.task.kind != "visual_tokenizer":
         raise ConfigError("encoder: not set (add the section, or a file of configs/model)")
@@ -157,7 +158,8 @@ def _model(settings: config.RunConfig, task: Any, init_from: str | None) -> Any:
 
 def _train(settings: config.RunConfig) -> int:
     from . import distributed
-    from .analysis.gallery import write_gallery
+    from .analysis.curves import write_curves
+    from .analysis.gallery import MAX_CARDS, write_gallery
     from .analysis.report import write_report
     from .analysis.summary import summarize, table
     from .train import engine
@@ -174,18 +176,21 @@ def _train(settings: config.RunConfig) -> int:
         if distributed.is_main():
             summary = summarize(output)
             (output / "summary.json").write_text(json.dumps(summary, indent=1))
-            if cards := task.gallery(_last_records(output)):
+            records = _last_records(output)
+            if cards := task.gallery(records[:MAX_CARDS]):
                 write_gallery(output, cards)
+            if curves := task.curves(records):
+                write_curves(output, curves)
             report = write_report(output, metric=task.metric, higher_is_better=task.higher_is_better)
             print(table(summary, report))
     return code
 
 
-def _last_records(run_dir: Path, most: int = 48) -> list[dict[str, Any]]:
-    """The first predictions of the last evaluation of a run."""
+def _last_records(run_dir: Path) -> list[dict[str, Any]]:
+    """The predictions of the last evaluation of a run."""
     files = sorted((run_dir / "predictions").glob("val_step-*.jsonl"))
     lines = files[-1].read_text(encoding="utf-8").splitlines() if files else []
-    return [json.loads(line) for line in lines[:most]]
+    return [json.loads(line) for line in lines]
 
 
 def _evaluate(settings: config.RunConfig, path: Path, split: str) -> int:

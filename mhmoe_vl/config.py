@@ -354,13 +354,18 @@ class AnnotatedTaskConfig(Section):
     test: AnnotatedFilesConfig | None = None
     batch_size: PositiveInt
     """examples per optimizer step, over all ranks and accumulated parts"""
+
+
+class PairTaskConfig(AnnotatedTaskConfig):
+    """What the tasks on pictures with texts share."""
+
     max_text_len: Annotated[int, Field(ge=3)] = 64
     """tokens of a text, begin and end included; the rest is cut off"""
     text_tokenizer: TextTokenizerConfig = BPEConfig()
     augment: AugmentConfig = AugmentConfig(min_crop=0.5, color_jitter=0.0)
 
 
-class VQAConfig(AnnotatedTaskConfig):
+class VQAConfig(PairTaskConfig):
     """Visual question answering on VQA v2's files."""
 
     kind: Literal["vqa"] = "vqa"
@@ -377,7 +382,7 @@ class VQAConfig(AnnotatedTaskConfig):
     """questions per optimizer step, over all ranks and accumulated parts"""
 
 
-class NLVR2Config(AnnotatedTaskConfig):
+class NLVR2Config(PairTaskConfig):
     """Truth of sentences about pictures, on the files of NLVR2 or NLVR."""
 
     kind: Literal["nlvr2"] = "nlvr2"
@@ -389,7 +394,7 @@ class NLVR2Config(AnnotatedTaskConfig):
     """examples per optimizer step, over all ranks and accumulated parts"""
 
 
-class CaptioningConfig(AnnotatedTaskConfig):
+class CaptioningConfig(PairTaskConfig):
     """Captions of pictures, on the files of COCO, Karpathy's split, or Flickr8k."""
 
     kind: Literal["captioning"] = "captioning"
@@ -450,8 +455,72 @@ class ImageNetConfig(Section):
     augment: PolicyConfig = PolicyConfig(min_crop=0.08, color_jitter=0.0)
 
 
+class ScaleJitterConfig(Section):
+    min_scale: PositiveFloat = 0.1
+    """smallest size of a training picture, relative to the one that just fits into encoder.img_size"""
+    max_scale: PositiveFloat = 2.0
+    """largest such size; what does not fit is cut off at random"""
+    flip: Fraction = 0.5
+    """probability of a horizontal flip"""
+
+
+class DetectorConfig(Section):
+    """Pyramid, region proposals, box and mask heads; the defaults are ViTDet's."""
+
+    dim: PositiveInt = 256
+    """width of pyramid and heads"""
+    masks: bool = True
+    """predict masks too (Mask R-CNN); else boxes alone (Faster R-CNN)"""
+    cascade: bool = False
+    """refine boxes in three stages (Cascade R-CNN)"""
+    anchor_scale: PositiveInt = 8
+    """side of a square anchor in strides of its level: 8 for objects of 32 px on, less for smaller ones"""
+    proposal_convs: PositiveInt = 2
+    """hidden convolutions before region proposals"""
+    box_convs: int = Field(4, ge=0)
+    """hidden convolutions of the box head"""
+    box_fc_dim: PositiveInt = 1024
+    """width of the linear layer after them"""
+    mask_convs: PositiveInt = 4
+    """hidden convolutions of the mask head"""
+    num_proposals: PositiveInt = 1000
+    """most proposals per picture"""
+    proposal_samples: PositiveInt = 256
+    """anchors per picture that the losses of proposals are computed on"""
+    roi_samples: PositiveInt = 512
+    """proposals per picture that the losses of the heads are computed on"""
+    score_threshold: Fraction = 0.05
+    """lowest score of a detection"""
+    nms_threshold: Fraction = 0.5
+    """overlap (IoU) from which the lower of two detections of a class is left out"""
+    max_detections: PositiveInt = 100
+    """most detections per picture"""
+
+
+class DetectionConfig(AnnotatedTaskConfig):
+    """Object detection and instance segmentation on COCO's instances files (ViTDet)."""
+
+    kind: Literal["detection"] = "detection"
+    val_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.1
+    """share of the pictures of train that validate instead, drawn by seed, while val is not set"""
+    batch_size: PositiveInt = 64
+    """pictures per optimizer step, over all ranks and accumulated parts"""
+    augment: ScaleJitterConfig = ScaleJitterConfig()
+    window_size: PositiveInt | None = None
+    """patches to a side of the windows that blocks attend in (ViTDet: 14); none lets every block see the whole map"""
+    num_global_blocks: PositiveInt = 4
+    """evenly spaced blocks that see the whole map all the same"""
+    detector: DetectorConfig = DetectorConfig()
+
+
 TaskConfig = Annotated[
-    MaskedModelingConfig | VisualTokenizerTaskConfig | VQAConfig | NLVR2Config | CaptioningConfig | ImageNetConfig,
+    MaskedModelingConfig
+    | VisualTokenizerTaskConfig
+    | VQAConfig
+    | NLVR2Config
+    | CaptioningConfig
+    | ImageNetConfig
+    | DetectionConfig,
     Field(discriminator="kind"),
 ]
 
@@ -464,8 +533,8 @@ class OptimConfig(Section):
     """learning rate at the last step"""
     warmup_steps: int = Field(0, ge=0)
     """steps of linear growth from 0 to the peak"""
-    schedule: Literal["cosine", "linear"] = "cosine"
-    """decay after the warm-up, down to min_lr at the last step"""
+    schedule: Literal["cosine", "linear", "steps"] = "cosine"
+    """decay after the warm-up: down to min_lr at the last step, or to a tenth at 8/9 and a hundredth at 26/27 of all"""
     betas: Annotated[tuple[Fraction, Fraction], Field(strict=False)] = (0.9, 0.98)
     """AdamW's decay rates of the two moments"""
     eps: PositiveFloat = 1e-6

@@ -36,6 +36,17 @@ COCO = {
     "images": [{"id": 1 + i, "file_name": f"COCO_val2014_{1 + i:012d}.jpg"} for i in PLACES],
     "annotations": [{"id": i, "image_id": 1 + i // 2, "caption": f"A dog runs, number {i}."} for i in range(20)],
 }
+INSTANCES = {
+    "images": [{"id": 1 + i, "file_name": f"COCO_val2014_{1 + i:012d}.jpg", "width": 4, "height": 4} for i in PLACES],
+    "annotations": [
+        {
+            "id": i, "image_id": 1 + i, "category_id": 3, "bbox": [0, 1, 2, 2], "area": 4, "iscrowd": i % 2,
+            "segmentation": {"size": [4, 4], "counts": [1, 2, 13]} if i % 2 else [[0, 1, 2, 1, 2, 3, 0, 3]],
+        }
+        for i in PLACES
+    ],
+    "categories": [{"id": 3, "name": "car"}],
+}  # fmt: skip
 KARPATHY = {
     "dataset": "coco",
     "images": [
@@ -66,6 +77,7 @@ FILES: dict[str, Any] = {
     "vqa-annotations": ANNOTATIONS,
     "nlvr2": NLVR2,
     "nlvr": NLVR,
+    "coco-instances": INSTANCES,
     "coco-captions": COCO,
     "karpathy": KARPATHY,
     "flickr8k": FLICKR8K,

@@ -113,7 +113,9 @@ def test_help_lists_every_field():
 
 
 def test_every_field_of_a_class_is_an_argument_of_its_constructor():
+    from mhmoe_vl.data.scale_jitter import ScaleJitter
     from mhmoe_vl.data.transforms import ImageTransform
+    from mhmoe_vl.models.detector import Detector
     from mhmoe_vl.models.encoder import Encoder
     from mhmoe_vl.models.visual_tokenizer import VisualTokenizer
     from mhmoe_vl.tasks.imagenet import ImageNet
@@ -124,6 +126,8 @@ def test_every_field_of_a_class_is_an_argument_of_its_constructor():
         Encoder: (config.EncoderConfig, set()),
         ImageTransform: (config.AugmentConfig, {"img_size", "second_size", "train", "whole", "crop_pct"} | policy),
         VisualTokenizer: (config.VisualTokenizerConfig, set()),
+        ScaleJitter: (config.ScaleJitterConfig, {"img_size", "train"}),
+        Detector: (config.DetectorConfig, {"in_dim", "num_classes", "patch_size"}),
         MaskedModeling: (config.MaskedModelingConfig, {"inputs", "seed", "accumulate"}),
         ImageNet: (config.ImageNetConfig, {"inputs", "seed", "accumulate"}),
     }

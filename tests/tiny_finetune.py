@@ -1,5 +1,5 @@
-"""Fine-tuning runs that take seconds: one-coloured pictures with questions, statements, captions and classes, in the
-official formats."""
+"""Fine-tuning runs that take seconds: one-coloured pictures with questions, statements, captions and classes, and
+pictures with coloured boxes, in the official formats."""
 
 from __future__ import annotations
 
@@ -112,6 +112,32 @@ def write_imagenet(folder: Path) -> Path:
     return folder
 
 
+def write_detection(folder: Path) -> Path:
+    """Pictures of two sizes with one or two coloured boxes, of sparse category ids: 16 in train, 6 in val."""
+    rng = np.random.default_rng(0)
+    kinds = {3: "red", 90: "blue"}
+    for split, count in (("train", 16), ("val", 6)):
+        (folder / split).mkdir()
+        images, annotations = [], []
+        for number in range(1, count + 1):
+            height, width = ((32, 40), (48, 36))[number % 2]
+            pixels = np.full((height, width, 3), 128, np.uint8)
+            for place in range(1 + number % 2):
+                x, y = int(rng.integers(2, width // 2 - 13)) + place * width // 2, int(rng.integers(2, height - 16))
+                w, h = (int(side) for side in rng.integers(9, 13, 2))
+                kind = (3, 90)[(number + place) % 2]
+                pixels[y : y + h, x : x + w] = COLORS[kinds[kind]]
+                corners = [[x, y, x + w, y, x + w, y + h, x, y + h]]
+                ids = {"id": len(annotations) + 1, "image_id": number * 100, "category_id": kind, "iscrowd": 0}
+                annotations.append({**ids, "bbox": [x, y, w, h], "area": w * h, "segmentation": corners})
+            (folder / split / f"{number:03d}.png").write_bytes(_encoded(pixels))
+            images.append({"id": number * 100, "file_name": f"{number:03d}.png", "width": width, "height": height})
+        categories = [{"id": number, "name": name} for number, name in kinds.items()]
+        coco = {"images": images, "annotations": annotations, "categories": categories}
+        (folder / f"{split}.json").write_text(json.dumps(coco))
+    return folder
+
+
 def questions(split: str) -> dict[str, str]:
     """The section of a split of :func:`write_vqa`."""
     return {"questions": f"{split}_q.json", "annotations": f"{split}_a.json", "images": f"images/{split}"}
@@ -122,27 +148,40 @@ def annotated(name: str, images: str = "images") -> dict[str, str]:
     return {"annotations": name, "images": images}
 
 
-WORLDS = {"vqa": write_vqa, "nlvr2": write_nlvr2, "captioning": write_captions, "imagenet": write_imagenet}
+DETECTOR = {
+    "dim": 16, "anchor_scale": 3, "proposal_convs": 1, "box_convs": 0, "box_fc_dim": 32, "mask_convs": 1,
+    "num_proposals": 32, "proposal_samples": 32, "roi_samples": 16,
+}  # fmt: skip
+WORLDS = {
+    "vqa": write_vqa, "nlvr2": write_nlvr2, "captioning": write_captions, "imagenet": write_imagenet,
+    "detection": write_detection,
+}  # fmt: skip
+CROP = {"min_crop": 1.0, "flip": 0.0, "color_jitter": 0.0}
+PAIRS = {"augment": CROP, "max_text_len": 12}
+LR = {"detection": 1e-3}  # which proposals are sampled jumps where scores are close, so differences grow faster
 TASKS = {
     "vqa": {
-        "train": questions("train"), "val": questions("val"),
+        **PAIRS, "train": questions("train"), "val": questions("val"),
         "test": {"questions": "val_q.json", "images": "images/val"}, "min_answer_count": 3, "batch_size": 8,
     },
-    "nlvr2": {"train": annotated("train.json"), "val": annotated("dev.json"), "batch_size": 16},
-    "captioning": {"train": annotated("coco.json"), "val_fraction": 0.2, "batch_size": 16, "num_beams": 2},
-    "imagenet": {"val": "val", "batch_size": 8, "mixup": 0.8, "cutmix": 1.0},
+    "nlvr2": {**PAIRS, "train": annotated("train.json"), "val": annotated("dev.json"), "batch_size": 16},
+    "captioning": {**PAIRS, "train": annotated("coco.json"), "val_fraction": 0.2, "batch_size": 16, "num_beams": 2},
+    "imagenet": {"augment": CROP, "val": "val", "batch_size": 8, "mixup": 0.8, "cutmix": 1.0},
+    "detection": {
+        "train": annotated("train.json", "train"), "val": annotated("val.json", "val"), "batch_size": 4,
+        "augment": {"min_scale": 0.8, "max_scale": 1.2, "flip": 0.5}, "window_size": 2, "num_global_blocks": 1,
+        "detector": DETECTOR,
+    },
 }  # fmt: skip
 
 
 def settings(kind: str, world: Path, out: Path, **task) -> dict:
     """A configuration of a task on its world; ``task`` replaces fields of its section."""
-    shared = {"augment": {"min_crop": 1.0, "flip": 0.0, "color_jitter": 0.0}}
-    shared |= {} if kind == "imagenet" else {"max_text_len": 12}
     return {
         "output_dir": str(out),
         "encoder": ENCODER,
-        "task": {"kind": kind, "data_dir": str(world), **shared, **TASKS[kind], **task},
-        "optim": {"lr": 5e-3, "warmup_steps": 2},
+        "task": {"kind": kind, "data_dir": str(world), **TASKS[kind], **task},
+        "optim": {"lr": LR.get(kind, 5e-3), "warmup_steps": 2},
         "train": {
             "steps": 60, "log_every": 20, "num_workers": 0, "threads": 1, "precision": "float32", "device": "cpu",
         },

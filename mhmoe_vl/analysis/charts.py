@@ -31,7 +31,7 @@ MAX_HEAT_COLUMNS, MAX_LOAD_COLUMNS = 120, 6
 class Series:
     """One logged number over the steps; values that are not finite are gaps."""
 
-    steps: list[int] = field(default_factory=list)
+    steps: list[float] = field(default_factory=list)
     values: list[float] = field(default_factory=list)
 
 
@@ -245,6 +245,34 @@ def line_chart(
     return Chart(title, ", ".join(notes), x_ticks, y_ticks, curves, readouts, series_table(series))
 
 
+def share_chart(title: str, note: str, x_name: str, lines: Mapping[str, Sequence[float]]) -> Chart:
+    """Lines of shares over a share; both axes run from 0 to 1.
+
+    Args:
+        x_name: what the horizontal axis is.
+        lines: values by label, all of one length, evenly spaced from 0 to 1.
+    """
+    count = max(len(values) for values in lines.values())
+    places = [i / max(1, count - 1) for i in range(count)]
+
+    def x(share: float) -> float:
+        return round(LEFT + PLOT_WIDTH * share, 1)
+
+    def y(share: float) -> float:
+        return round(TOP + PLOT_HEIGHT * (1 - share), 1)
+
+    colors, ticks = _colors(list(lines), ""), [i / 5 for i in range(6)]
+    curves = [
+        Curve(name, colors[name], [], _stretches([(x(p), y(v)) for p, v in zip(places, values, strict=True)]), "")
+        for name, values in lines.items()
+    ]
+    series = {name: Series(places, list(values)) for name, values in lines.items()}
+    readouts = _readouts(series, places, colors, x, lambda place: f"{x_name} {place:g}")
+    rows = [[number(place), *(number(float(v[i])) for v in lines.values())] for i, place in enumerate(places)]
+    x_ticks, y_ticks = [(x(tick), number(tick)) for tick in ticks], [(y(tick), number(tick)) for tick in ticks]
+    return Chart(title, note, x_ticks, y_ticks, curves, readouts, Table([x_name, *lines], rows, ""))
+
+
 def pool_chart(name: str, steps: Sequence[int], load: np.ndarray, by_stream: np.ndarray | None) -> PoolChart:
     """One pool's load over time, and its mean over the last tenth of the lines.
 
@@ -313,7 +341,11 @@ def _colors(names: list[str], main: str) -> dict[str, int]:
 
 
 def _readouts(
-    series: Mapping[str, Series], steps: list[int], colors: Mapping[str, int], x: Callable[[float], float]
+    series: Mapping[str, Series],
+    steps: list[float],
+    colors: Mapping[str, int],
+    x: Callable[[float], float],
+    title: Callable[[float], str] = lambda step: f"step {step:,}",
 ) -> list[Readout]:
     """One readout for each of up to 60 steps; its strip reaches half way to the neighbours."""
     lookup = {name: dict(zip(s.steps, s.values, strict=True)) for name, s in series.items()}
@@ -323,11 +355,11 @@ def _readouts(
     result = []
     for i, (step, place) in enumerate(zip(kept, places, strict=True)):
         rows = [(colors[name], one_line(name, 24), number(v[step], 5)) for name, v in lookup.items() if step in v]
-        width = 30 + 7 * max(len(label) + len(value) for _, label, value in [(0, "step ", f"{step:,}"), *rows])
+        width = 30 + 7 * max(len(label) + len(value) for _, label, value in [(0, title(step), ""), *rows])
         left = place + 8 if place < LEFT + PLOT_WIDTH / 2 else place - 8 - width
         box = (round(left, 1), round(width, 1), 22.0 + 15 * len(rows))
         strip = (round(edges[i], 1), round(edges[i + 1] - edges[i], 1))
-        result.append(Readout(place, strip, box, [(-1, f"step {step:,}", ""), *rows]))
+        result.append(Readout(place, strip, box, [(-1, title(step), ""), *rows]))
     return result
 
 

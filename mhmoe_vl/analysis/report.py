@@ -19,6 +19,7 @@ from markupsafe import Markup
 from ..config import read_yaml
 from ..errors import DataError, one_line
 from .charts import MAX_CURVES, Chart, PoolChart, Series, Table, line_chart, number, pool_chart
+from .curves import read_curves
 from .gallery import read_gallery
 from .run_log import Pool, RunLog, read_metrics
 
@@ -47,9 +48,10 @@ MAX_RECORDS, MAX_KEYS, MAX_LIST_BYTES = 12, 16, 32_000_000
 def write_report(run_dir: str | Path, *, metric: str | None = None, higher_is_better: bool = False) -> Path:
     """Write ``report.html`` into a run folder, from its ``config.yaml`` and ``metrics.jsonl``.
 
-    Also shown, where present: ``summary.json`` (a flat mapping, as a table on top), ``predictions/`` (file names and
-    a few records) and ``gallery.json`` (see :mod:`.gallery`). The same folder always gives the same bytes. Values
-    under ``a/b`` share the figure of ``a``; ``bad/<reason>`` and ``skipped`` count from the start of the run.
+    Also shown, where present: ``summary.json`` (a flat mapping, as a table on top), ``predictions/`` (file names and a
+    few records), ``gallery.json`` (see :mod:`.gallery`) and ``curves.json`` (see :mod:`.curves`). The same folder
+    always gives the same bytes. Values under ``a/b`` share the figure of ``a``; ``bad/<reason>`` and ``skipped`` count
+    from the start of the run.
 
     Args:
         run_dir: the run folder.
@@ -80,7 +82,7 @@ def write_report(run_dir: str | Path, *, metric: str | None = None, higher_is_be
         tiles=_tiles(log, config, pools, metric, higher_is_better),
         summary=_summary(run_dir / "summary.json"),
         val_table=_range_table(log.val),
-        val_charts=_charts(log.val),
+        val_charts=_charts(log.val) + read_curves(run_dir),
         train_charts=_charts(curves, leave_out=EXPERTS + SPEED),
         expert_charts=_charts(curves, only=EXPERTS),
         speed_charts=_charts(curves, only=SPEED),

@@ -16,7 +16,7 @@ from ..errors import OneLineParser, guard
 COMMANDS = {
     "make-manifest": "write the manifest beside each shard: exact counts, random access, checksums",
     "check-data": "list what is wrong with shards, annotation files and the pictures they name",
-    "score": "the official metrics of a predictions file: VQA accuracy, captions, NLVR2",
+    "score": "the official metrics of a predictions file: VQA accuracy, captions, NLVR2, COCO",
 }
 
 

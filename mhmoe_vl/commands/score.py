@@ -10,6 +10,7 @@ METRICS = {
     "vqa": "VQA accuracy in percent: overall, by answer type, by question type",
     "captions": "BLEU, METEOR, ROUGE-L and CIDEr of captions",
     "nlvr2": "accuracy and consistency of NLVR2",
+    "coco": "average precision of boxes or masks, COCO's twelve numbers",
 }
 
 

@@ -36,7 +36,7 @@ def run(arguments: argparse.Namespace) -> int:
         caption_reference.check_reference()
     references = read_references(arguments.annotations)
     predictions = read_json(arguments.predictions)
-    if not submission.accept(arguments, find_problems(predictions, references), len(references)):
+    if not submission.accept(arguments, find_problems(predictions, references), submission.one_each(len(references))):
         return 2
     bare = [image for image, captions in references.items() if not captions]
     if arguments.check and len(bare) == len(references):

@@ -29,7 +29,7 @@ def run(arguments: argparse.Namespace) -> int:
     rows, wrong = read_predictions(arguments.predictions)
     problems = submission.wrong_types(wrong, f"write {HEAD} in each line, such as dev-850-0-1,True")
     problems += coverage_problems([identifier for identifier, _ in rows], labels, "example")
-    if not submission.accept(arguments, problems, len(labels)):
+    if not submission.accept(arguments, problems, submission.one_each(len(labels))):
         return 2
     if None in labels.values():  # then all are
         if not arguments.check:

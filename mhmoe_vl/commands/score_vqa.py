@@ -34,7 +34,7 @@ def run(arguments: argparse.Namespace) -> int:
     annotations = None if arguments.annotations is None else read_annotations(arguments.annotations)
     split = read_split(arguments.questions, arguments.annotations, annotations)
     predictions = read_json(arguments.predictions)
-    if not submission.accept(arguments, find_problems(predictions, split), len(split)):
+    if not submission.accept(arguments, find_problems(predictions, split), submission.one_each(len(split))):
         return 2
     if annotations is None:
         print(f"{arguments.questions}: questions only, so nothing to score")

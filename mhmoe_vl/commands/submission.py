@@ -30,13 +30,13 @@ def wrong_types(problems: Sequence[Problem], remedy: str) -> list[str]:
     return [f"{len(problems)} values missing or of a wrong type, first {first} ({remedy})"]
 
 
-def accept(arguments: argparse.Namespace, problems: Sequence[str], count: int) -> bool:
+def accept(arguments: argparse.Namespace, problems: Sequence[str], found: str) -> bool:
     """Whether the predictions can be scored; with ``--check``, what was found is printed, one line each.
 
     Args:
         arguments: of the command.
         problems: what is wrong, each on a line without the file's name.
-        count: how many predictions there are.
+        found: what the file holds, to say when nothing is wrong.
 
     Raises:
         DataError: they cannot, and ``--check`` was not asked for.
@@ -46,8 +46,13 @@ def accept(arguments: argparse.Namespace, problems: Sequence[str], count: int) -
     for problem in problems:
         print(one_line(f"error: {arguments.predictions}: {problem}"), file=sys.stderr)
     if arguments.check and not problems:
-        print(f"{arguments.predictions}: {count} predictions, one for each of the split")
+        print(f"{arguments.predictions}: {found}")
     return not problems
+
+
+def one_each(count: int) -> str:
+    """What a file holds that has one prediction for each example of its split."""
+    return f"{count} predictions, one for each of the split"
 
 
 def write_scores(path: Path | None, scores: Any) -> None:

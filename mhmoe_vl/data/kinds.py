@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..errors import DataError
-from . import captions, nlvr2, vqa
+from . import captions, coco, nlvr2, vqa
 from .annotated import PictureFolders, Pictures
 from .records import ANYTHING, Problem, fields, parse_json, read_text, sound, split_lines
 
@@ -131,6 +131,10 @@ KINDS: dict[str, Kind] = {
     "karpathy": Kind(
         "captions in Karpathy's form", "JSON", captions.is_karpathy, captions.karpathy_file, _entries("images"),
         captions.karpathy_pictures,
+    ),
+    "coco-instances": Kind(
+        "objects in COCO's form", "JSON", coco.is_instances, coco.find_problems, _entries("images"),
+        coco.instances_pictures,
     ),
     "coco-captions": Kind(
         "captions in COCO's form", "JSON", _captions, captions.coco_file(), _entries("images"),

@@ -20,6 +20,7 @@ from ..nn.embed import ImageEmbedding, TextEmbedding
 from ..nn.feed_forward import FFNLayer, FFNOutput
 from ..nn.multiway import MODALITIES, Multiway, Streams
 from ..nn.router import Routing, RoutingStats
+from ..nn.windows import Windows
 
 
 class EncoderOutput(NamedTuple):
@@ -199,15 +200,63 @@ class Encoder(nn.Module, PyTorchModelHubMixin, library_name="mhmoe_vl", tags=["v
         for block in self.blocks:
             xs, found = self._run(block, xs, paddings, num_pairs, return_routing, causal_text, cache)
             pools += found
+        given = {name for name, value in (("image", images), ("text", text)) if value is not None}
+        return self._output(xs, given, pools, return_routing)
+
+    def forward_map(
+        self,
+        images: Tensor,
+        *,
+        padding: Tensor | None = None,
+        window_size: int | None = None,
+        num_global_blocks: int = 4,
+    ) -> EncoderOutput:
+        """Features of patches for detection: no class token, attention in windows, padding that nothing sees.
+
+        An image padded on the right and below has the features of the image alone: positions count from the upper
+        left corner, padding is neither attended to nor routed.
+
+        Args:
+            images: ``(I, 3, H, W)``, normalised; H and W multiples of the patch size, at most ``img_size``.
+            padding: ``(I, P)`` bool, True = patches without any of the image; their features mean nothing.
+            window_size: patches to a side of the windows that blocks attend in; none lets every block see all.
+            num_global_blocks: evenly spaced blocks, the last one among them, that see all the same.
+
+        Returns:
+            ``image (I, P, D)``, row by row.
+
+        Raises:
+            ConfigError: images are larger than there are positions, or layers of experts convolve over tokens, which
+                would take the end of one row of patches and the start of the next for neighbours.
+        """
+        self._count_pairs(images, None, None)
+        if self._mixes_tokens:
+            raise ConfigError("ffn: conv_kernel reads tokens in a row, a map is none (remove it for detection)")
+        xs, _ = self._embed(None, None, None, None)
+        xs["image"] = self.dropout(self.image_embed.patches(images))
+        paddings = {} if padding is None else {"image": padding}
+        windows = None
+        if window_size is not None:
+            windows = Windows(self.image_embed.grid_of(*images.shape[-2:]), window_size)
+        seeing_all = {(i + 1) * len(self.blocks) // num_global_blocks - 1 for i in range(num_global_blocks)}
+        pools: list[FFNOutput] = []
+        for index, block in enumerate(self.blocks):
+            here = None if index in seeing_all else windows
+            xs, found = self._run(block, xs, paddings, 0, False, False, None, here)
+            pools += found
+        return self._output(xs, {"image"}, pools)
+
+    def _output(
+        self, xs: Streams, given: set[str], pools: list[FFNOutput], return_routing: bool = False
+    ) -> EncoderOutput:
         xs = self.norm(xs)
-        absent = [name for name, given in (("image", images), ("text", text)) if given is None and name in xs]
-        for name in absent:
+        for name in [name for name in xs if name not in given]:
             # The sum of an empty tensor: an exact zero, through which the branch's parameters get zero gradients.
             xs = {other: x + xs[name].sum() for other, x in xs.items()}
         names = pools[0].aux_losses if pools else ()
         return EncoderOutput(
-            image=None if images is None else xs["image"],
-            text=None if text is None else xs["text"],
+            image=xs["image"] if "image" in given else None,
+            text=xs["text"] if "text" in given else None,
             aux_losses={name: torch.stack([pool.aux_losses[name] for pool in pools]).mean() for name in names},
             stats=[pool.stats for pool in pools],
             routing=[pool.routing for pool in pools] if return_routing else None,

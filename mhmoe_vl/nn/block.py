@@ -13,6 +13,7 @@ from .attention import MultiwayAttention, xavier_
 from .cache import KeyValueCache
 from .feed_forward import FeedForward, FFNOutput
 from .multiway import Multiway, MultiwayFFN, Streams
+from .windows import Windows
 
 
 class PairDropPath(nn.Module):
@@ -109,6 +110,7 @@ class Block(nn.Module):
         return_routing: bool = False,
         causal_text: bool = False,
         cache: KeyValueCache | None = None,
+        windows: Windows | None = None,
     ) -> tuple[Streams, list[FFNOutput]]:
         """The streams after the block, and what its layers of experts returned (their ``x`` left out).
 
@@ -118,11 +120,23 @@ class Block(nn.Module):
             num_pairs: how many of the last images and texts belong together.
             return_routing: ask layers of experts for their routing.
             causal_text, cache: see :meth:`MultiwayAttention.forward`.
+            windows: let image tokens attend inside these only; for images that stand alone, without class token.
         """
-        xs = self._add(xs, self.attn(self.norm1(xs), paddings, num_pairs, causal_text, cache), num_pairs)
+        ys = self.norm1(xs)
+        if windows is None:
+            ys = self.attn(ys, paddings, num_pairs, causal_text, cache)
+        else:
+            ys = self._attend_in_windows(ys, paddings, windows)
+        xs = self._add(xs, ys, num_pairs)
         ys, outputs = self.ffn(self.norm2(xs), paddings, num_pairs, return_routing=return_routing)
         pools = [output._replace(x=()) for output in outputs if output.stats is not None]
         return self._add(xs, ys, num_pairs), pools
+
+    def _attend_in_windows(self, xs: Streams, paddings: Streams, windows: Windows) -> Streams:
+        hidden = windows.cut_padding(paddings.get("image"), xs["image"])
+        paddings = paddings if hidden is None else paddings | {"image": hidden}
+        ys = self.attn(xs | {"image": windows.cut(xs["image"])}, paddings, 0)
+        return ys | {"image": windows.join(ys["image"])}
 
     def _add(self, xs: Streams, ys: Streams, num_pairs: int) -> Streams:
         ys = self.drop_path({name: self.dropout(y) for name, y in ys.items()}, num_pairs)

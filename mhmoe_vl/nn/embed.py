@@ -63,6 +63,21 @@ class ImageEmbedding(nn.Module):
         tokens = torch.cat([self.cls_token.expand(len(images), -1, -1).to(patches.dtype), patches], dim=1)
         return tokens + resize_positions(self.pos_embed, grid, self.grid)
 
+    def patches(self, images: Tensor) -> Tensor:
+        """Tokens ``(I, P, D)`` without a class token; positions are those of the stored grid's upper left part.
+
+        So a token's position does not depend on how far its image was padded to the right and below.
+
+        Raises:
+            ConfigError: there are more rows or columns of patches than positions.
+        """
+        rows, columns = self.grid_of(*images.shape[-2:])
+        if rows > self.grid[0] or columns > self.grid[1]:
+            limits = " x ".join(str(side * self.patch_size) for side in self.grid)
+            raise ConfigError(f"img_size: {limits} pixels, got images of {tuple(images.shape[-2:])} (raise img_size)")
+        positions = self.pos_embed[:, 1:].unflatten(1, self.grid)[:, :rows, :columns].flatten(1, 2)
+        return self.proj(images).flatten(2).transpose(1, 2) + positions
+
 
 class TextEmbedding(nn.Module):
     """Rows of a table plus positions; padding becomes zero vectors, as in torchscale.

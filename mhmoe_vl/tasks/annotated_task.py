@@ -20,14 +20,13 @@ from ..data.loader import EvalBatches, StepDataset, Transform, eval_batches
 from ..data.text import create_text_tokenizer
 from ..data.transforms import ImageTransform
 from ..errors import ConfigError
-from .base import InputSpec, Task
-from .pair_batch import PairBatch
+from .base import Batch, InputSpec, Task
 
 SPLIT_FILE = "split.json"
 
 
 class AnnotatedTask(Task):
-    """A task on pictures with texts.
+    """A task on annotated pictures.
 
     Args:
         inputs: sizes that the encoder expects.
@@ -38,9 +37,6 @@ class AnnotatedTask(Task):
     Attributes:
         files: the section of every split, none where it is not set.
         kept: what the run recorded, when it is evaluated.
-
-    Raises:
-        ConfigError: the encoder lacks a branch, text positions, or rows of the text embedding.
     """
 
     higher_is_better = True
@@ -56,23 +52,11 @@ class AnnotatedTask(Task):
         val: Mapping[str, Any] | None,
         test: Mapping[str, Any] | None,
         batch_size: int,
-        max_text_len: int,
-        text_tokenizer: Mapping[str, Any],
-        augment: Mapping[str, Any],
     ) -> None:
         self.inputs, self.seed, self.accumulate, self.data_dir = inputs, seed, accumulate, Path(data_dir)
         self.files = {"train": train, "val": val, "test": test}
-        self.batch_size, self.max_text_len, self.augment = batch_size, max_text_len, augment
+        self.batch_size = batch_size
         self.kept: Mapping[str, str] = {}
-        if set(inputs.modalities) != {"image", "text"}:
-            raise ConfigError(f"encoder.modalities: {list(inputs.modalities)} (this task needs image and text)")
-        if max_text_len > inputs.max_text_len:
-            what = f"{max_text_len} with encoder.max_text_len {inputs.max_text_len}"
-            raise ConfigError(f"task.max_text_len: {what} (lower it)")
-        self.tokenizer = create_text_tokenizer(**text_tokenizer)
-        if self.tokenizer.vocab_size > inputs.vocab_size:
-            what = f"{inputs.vocab_size} rows for a tokenizer of {self.tokenizer.vocab_size} pieces"
-            raise ConfigError(f"encoder.vocab_size: {what} (set it to {self.tokenizer.vocab_size})")
 
     # ------------------------------------------------------------------------- what a sub-class says
     @abstractmethod
@@ -88,12 +72,12 @@ class AnnotatedTask(Task):
         """The groups of the training files that validate, while ``task.val`` is not set."""
 
     @abstractmethod
-    def transform(self, pictures: ImageTransform, *, train: bool) -> Transform:
+    def transform(self, *, train: bool) -> Transform:
         """From an annotated example to one of a batch; picklable for data workers."""
 
     @property
     @abstractmethod
-    def collate(self) -> Callable[[list[Any]], PairBatch]:
+    def collate(self) -> Callable[[list[Any]], Batch]:
         """From such examples, which may be none, to a batch; picklable too."""
 
     # ------------------------------------------------------------------------------------------ data
@@ -140,8 +124,7 @@ class AnnotatedTask(Task):
 
     def dataset(self, split: str) -> StepDataset | EvalBatches:
         place = {"seed": self.seed, "rank": distributed.rank(), "world": distributed.world_size()}
-        pictures = ImageTransform(self.inputs.img_size, train=split == "train", whole=True, **self.augment)
-        transform = self.transform(pictures, train=split == "train")
+        transform = self.transform(train=split == "train")
         if split == "train":
             streams = {"examples": (self.train, self.batch_size, transform)}
             return StepDataset(streams, partial(_collate_step, self.collate), accumulate=self.accumulate, **place)
@@ -156,9 +139,47 @@ class AnnotatedTask(Task):
     def restore(self, files: Mapping[str, str]) -> None:
         self.kept = files
 
-    def prepare(self, batch: PairBatch, device: torch.device) -> PairBatch:
+    def prepare(self, batch: Batch, device: torch.device) -> Batch:
         """``batch`` on ``device``, pictures in [-1, 1]."""
         return batch.prepared(device)
+
+
+class PairTask(AnnotatedTask):
+    """A task on pictures with texts; its batches are :class:`~.pair_batch.PairBatch`.
+
+    Args:
+        inputs: sizes that the encoder expects.
+        max_text_len, text_tokenizer, augment: fields of the ``task`` section.
+        others: see :class:`AnnotatedTask`.
+
+    Raises:
+        ConfigError: the encoder lacks a branch, text positions, or rows of the text embedding.
+    """
+
+    def __init__(
+        self,
+        inputs: InputSpec,
+        *,
+        max_text_len: int,
+        text_tokenizer: Mapping[str, Any],
+        augment: Mapping[str, Any],
+        **others: Any,
+    ) -> None:
+        super().__init__(inputs, **others)
+        self.max_text_len, self.augment = max_text_len, augment
+        if set(inputs.modalities) != {"image", "text"}:
+            raise ConfigError(f"encoder.modalities: {list(inputs.modalities)} (this task needs image and text)")
+        if max_text_len > inputs.max_text_len:
+            what = f"{max_text_len} with encoder.max_text_len {inputs.max_text_len}"
+            raise ConfigError(f"task.max_text_len: {what} (lower it)")
+        self.tokenizer = create_text_tokenizer(**text_tokenizer)
+        if self.tokenizer.vocab_size > inputs.vocab_size:
+            what = f"{inputs.vocab_size} rows for a tokenizer of {self.tokenizer.vocab_size} pieces"
+            raise ConfigError(f"encoder.vocab_size: {what} (set it to {self.tokenizer.vocab_size})")
+
+    def image_transform(self, *, train: bool) -> ImageTransform:
+        """What becomes of a picture."""
+        return ImageTransform(self.inputs.img_size, train=train, whole=True, **self.augment)
 
 
 def listed(value: str | Iterable[str] | None) -> list[str]:
@@ -166,5 +187,5 @@ def listed(value: str | Iterable[str] | None) -> list[str]:
     return [] if value is None else [value] if isinstance(value, str) else list(value)
 
 
-def _collate_step(collate: Callable[[list[Any]], PairBatch], streams: Mapping[str, list[Any]]) -> PairBatch:
+def _collate_step(collate: Callable[[list[Any]], Batch], streams: Mapping[str, list[Any]]) -> Batch:
     return collate(streams["examples"])

@@ -107,6 +107,11 @@ class Task(Protocol):
         return {}
 
     def gallery(self, records: list[Record]) -> list[dict[str, Any]]:
-        """Predictions to show with their pictures: ``images`` (paths), ``caption``, ``right`` (true, false or none),
-        ``rows`` of name and value, ``bars`` of name and share."""
+        """Predictions to show with their pictures: ``images`` (paths, or encoded pictures), ``caption``, ``right``
+        (true, false or none), ``rows`` of name and value, ``bars`` of name and share."""
+        return []
+
+    def curves(self, records: list[Record]) -> list[dict[str, Any]]:
+        """Figures of shares over shares: ``title``, ``note``, ``x`` (what the values run over, evenly from 0 to 1), and
+        ``lines``, lists of values of 0 to 1 by name."""
         return []

@@ -32,7 +32,7 @@ from ..metrics.ptb_tokenizer import tokenize
 from ..models.encoder import Encoder
 from ..models.generation import generate
 from ..models.heads import start
-from .annotated_task import AnnotatedTask
+from .annotated_task import PairTask
 from .base import InputSpec, ModelOutput, Record
 from .encoder_model import EncoderModel
 from .pair_batch import PairBatch, collate, read_text
@@ -73,7 +73,7 @@ class CaptioningModel(EncoderModel):
         return self.output({"logits": self.mlm_head(features.text.flatten(0, 1).index_select(0, hidden))}, features)
 
 
-class Captioning(AnnotatedTask):
+class Captioning(PairTask):
     """The task; see the module's docstring.
 
     Args:
@@ -84,7 +84,7 @@ class Captioning(AnnotatedTask):
         drop_worst_ratio, drop_worst_after: share of the hidden tokens, those of the largest loss, that the loss leaves
             out, and the step from which it does.
         num_beams, length_penalty: of generation.
-        others: see :class:`AnnotatedTask`.
+        others: see :class:`~.annotated_task.PairTask`.
     """
 
     metric = "CIDEr"
@@ -152,7 +152,8 @@ class Captioning(AnnotatedTask):
         found = super().dataset(split)
         return _DropWorst(found, self.drop_worst_ratio, self.drop_worst_after) if split == "train" else found
 
-    def transform(self, pictures: ImageTransform, *, train: bool) -> Transform:
+    def transform(self, *, train: bool) -> Transform:
+        pictures = self.image_transform(train=train)
         if train:
             return _TrainExamples(pictures, self.tokenizer, self.max_text_len, self.mask_ratio)
         return _EvalExamples(pictures)

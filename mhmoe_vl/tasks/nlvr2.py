@@ -24,7 +24,7 @@ from ..errors import DataError
 from ..metrics.nlvr2 import score_nlvr2, sentence_key, to_csv
 from ..models.encoder import Encoder
 from ..models.heads import StatementHead
-from .annotated_task import AnnotatedTask
+from .annotated_task import PairTask
 from .base import InputSpec, ModelOutput, Record
 from .encoder_model import EncoderModel
 from .pair_batch import PairBatch, collate, read_text
@@ -65,14 +65,14 @@ class NLVR2Model(EncoderModel):
         return self.output({"logits": self.head(joined)}, features)
 
 
-class NLVR2(AnnotatedTask):
+class NLVR2(PairTask):
     """The task; see the module's docstring.
 
     Args:
         inputs: sizes that the encoder expects.
         val_fraction: share of the sentences to hold out for validation.
         pictures: among :data:`REGIONS`.
-        others: see :class:`AnnotatedTask`.
+        others: see :class:`~.annotated_task.PairTask`.
     """
 
     metric = "accuracy"
@@ -100,8 +100,8 @@ class NLVR2(AnnotatedTask):
     def choose_validation(self) -> set[str]:
         return held_out(map(self.group, self.given), seed=self.seed, fraction=self.val_fraction)
 
-    def transform(self, pictures: ImageTransform, *, train: bool) -> _Examples:
-        return _Examples(pictures, self.regions, self.tokenizer, self.max_text_len)
+    def transform(self, *, train: bool) -> _Examples:
+        return _Examples(self.image_transform(train=train), self.regions, self.tokenizer, self.max_text_len)
 
     @property
     def collate(self) -> Callable[[list[dict[str, Any]]], PairBatch]:

@@ -26,7 +26,7 @@ from ..errors import ConfigError, DataError
 from ..metrics.vqa_accuracy import score_vqa
 from ..models.encoder import Encoder
 from ..models.heads import ClassList, Pooler, answer_head
-from .annotated_task import AnnotatedTask, listed
+from .annotated_task import PairTask, listed
 from .answers import AnswerVocabulary
 from .base import InputSpec, ModelOutput, Record
 from .encoder_model import EncoderModel
@@ -57,7 +57,7 @@ class VQAModel(EncoderModel):
         return self.output({"logits": self.head(self.pooler(features.image))}, features)
 
 
-class VQA(AnnotatedTask):
+class VQA(PairTask):
     """The task; see the module's docstring.
 
     Args:
@@ -65,7 +65,7 @@ class VQA(AnnotatedTask):
         val_images: pictures to hold out for validation.
         answers: file with the list of answers; none builds it.
         min_answer_count: occurrences that an answer needs to be in a list that is built.
-        others: see :class:`AnnotatedTask`.
+        others: see :class:`~.annotated_task.PairTask`.
     """
 
     metric = "accuracy"
@@ -125,8 +125,8 @@ class VQA(AnnotatedTask):
             )
         return vocabulary
 
-    def transform(self, pictures: ImageTransform, *, train: bool) -> _Examples:
-        return _Examples(pictures, self.tokenizer, self.max_text_len, self.vocabulary)
+    def transform(self, *, train: bool) -> _Examples:
+        return _Examples(self.image_transform(train=train), self.tokenizer, self.max_text_len, self.vocabulary)
 
     @property
     def collate(self) -> Callable[[list[dict[str, Any]]], PairBatch]:

@@ -20,6 +20,7 @@ from ten_rows import ANNOTATIONS, COCO, FILES, FLICKR8K, KARPATHY, NLVR, NLVR2, 
 from mhmoe_vl import commands
 from mhmoe_vl.data.annotated import PictureFolders, missing_pictures
 from mhmoe_vl.data.captions import read_captions
+from mhmoe_vl.data.coco import examples_of, read_instances
 from mhmoe_vl.data.nlvr2 import read_statements
 from mhmoe_vl.data.vqa import LEARNT, read_annotations, read_questions
 from mhmoe_vl.errors import DataError
@@ -67,6 +68,7 @@ def changed(value: Any, *path: Any, to: Any) -> Any:
         ("vqa-annotations", "vqa-annotations", 10, 0),
         ("nlvr2", "nlvr", 10, 10),
         ("nlvr", "nlvr", 10, 10),
+        ("coco-instances", "coco-instances", 10, 10),
         ("coco-captions", "coco-captions", 10, 10),
         ("karpathy", "karpathy", 10, 10),
         ("flickr8k", "flickr8k", 10, 5),
@@ -248,6 +250,9 @@ READERS = {
     "vqa-annotations": lambda path, folders: read_annotations(path, LEARNT) and [],
     "nlvr2": read_statements,
     "nlvr": read_statements,
+    "coco-instances": lambda path, folders: examples_of(
+        read_instances(path, masks='"segmentation"' in path.read_text()), path, folders
+    ),
     "coco-captions": read_captions,
     "karpathy": read_captions,
     "flickr8k": read_captions,

@@ -22,6 +22,14 @@ def test_learning_rate_by_hand(schedule, decay):
     assert [optim.learning_rate(step, 7, config) for step in range(7)] == pytest.approx([0.5, 1.0, *decay])
 
 
+def test_learning_rate_in_steps_falls_as_vitdets():
+    """Of 184,375 updates; the released configuration falls at 163,889 and 177,546."""
+    config = OptimConfig(lr=1.0, warmup_steps=250, schedule="steps")
+    ends = {0: 1 / 250, 249: 1, 250: 1, 163_888: 1, 163_889: 0.1, 177_546: 0.1, 177_547: 0.01, 184_374: 0.01}
+    for step, rate in ends.items():
+        assert optim.learning_rate(step, 184_375, config) == pytest.approx(rate)
+
+
 def test_learning_rate_ends_at_min_lr_and_survives_short_runs():
     config = OptimConfig(lr=1.0, min_lr=0.1)
     assert optim.learning_rate(99, 100, config) == pytest.approx(0.1)
