@@ -2,7 +2,8 @@
 
 Statements come in twos of which one is true, such as "Both images show a star." and "Only one image shows a star.",
 about the same four pairs of pictures: two pairs fit the one statement and two the other. So neither the statement alone
-nor the pictures alone tell anything about the label.
+nor the pictures alone tell anything about the label. The easiest ones, that two pictures are alike in something, mostly
+come without their denial: who sees that the pictures are alike need not read them.
 """
 
 from __future__ import annotations
@@ -95,17 +96,20 @@ class Target(NamedTuple):
 
 
 class Topic(NamedTuple):
-    """Two statements, which of them are true of a left and a right scene, and how scenes are drawn for them."""
+    """A statement, mostly with its denial; whether each is true of a left and a right scene; how scenes are drawn."""
 
-    sentences: tuple[str, str]
+    sentences: tuple[str, ...]
     true_of: Callable[[Scene, Scene], tuple[bool, bool]]
     draw: Callable[[np.random.Generator, int], Scene]
 
 
 class StatementSet(NamedTuple):
-    """Two sentences and pairs of scenes, left and right, with the number of the sentence that is true of each."""
+    """One or two sentences and pairs of scenes, left and right, with the number of the sentence that is true of each.
 
-    sentences: tuple[str, str]
+    The second sentence may be left out; its pairs are then those of which the first is false.
+    """
+
+    sentences: tuple[str, ...]
     pairs: tuple[tuple[Scene, Scene], ...]
     true: tuple[int, ...]
 
@@ -240,8 +244,8 @@ def make_statements(rng: np.random.Generator, image_size: int) -> StatementSet:
 
 
 def is_for_dev(statements: StatementSet) -> bool:
-    """Whether the two sentences are kept for the development set; their checksum says it, so no sentence is in both."""
-    return zlib.crc32("".join(statements.sentences).encode()) % DEV_SHARE == 0
+    """Whether the sentences are kept for the development set; the checksum of the first says it, so none is in both."""
+    return zlib.crc32(statements.sentences[0].encode()) % DEV_SHARE == 0
 
 
 # -------------------------------------------------------------------------------------------- files

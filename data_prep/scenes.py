@@ -138,8 +138,8 @@ STREAMS = {
     "texts": Stream(4000, "texts", make_text, lambda text: {text}, shards(text_members)),
     "vqa": Stream(1500, "pictures with 6 questions each", make_asked, scene_content, official(vqa_files), is_for_val),
     "nlvr2": Stream(
-        600,
-        "sets of 2 statements about the same 4 pairs",
+        1000,
+        "sets of 1 or 2 statements about the same 4 pairs",
         make_statements,
         lambda item: {(left.content(), right.content()) for left, right in item.pairs},
         official(nlvr2_files),

@@ -17,7 +17,7 @@ from mhmoe_vl.errors import OneLineParser, guard
 
 ROOT = Path(__file__).resolve().parents[1]
 SETS_OF_OTHER_TOOLS = ("--nlvr2", 0, "--captions", 0, "--coco", 0, "--imagefolder", 0)
-VQA_STEPS, NUM_SHOWN = 300, 48
+VQA_STEPS, NUM_SHOWN = 250, 48
 
 
 def main() -> int:
