@@ -1,8 +1,10 @@
-"""Shared fixtures: the folder with real data, and one thread per test process."""
+"""Shared fixtures: the folder with real data, the tools, and one thread per test process."""
 
 from __future__ import annotations
 
+import importlib.util
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -25,3 +27,22 @@ def _one_thread() -> None:
     import torch
 
     torch.set_num_threads(1)
+
+
+@pytest.fixture
+def tool(monkeypatch):
+    """tool(name, *arguments): exit code of a tool, run in this process from the root."""
+    root = Path(__file__).parents[1]
+    monkeypatch.chdir(root)
+
+    def run(name: str, *arguments: object) -> int:
+        spec = importlib.util.spec_from_file_location(f"tool_{name}", root / "tools" / f"{name}.py")
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        monkeypatch.setattr(sys, "argv", [f"tools/{name}.py", *map(str, arguments)])
+        try:
+            return module.main()
+        except SystemExit as stop:
+            return stop.code
+
+    return run

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import signal
@@ -28,24 +27,6 @@ COUNT = {
     "parameters": {"total": 1, "active": 1},
     "flops": {"pair": 1},
 }
-
-
-@pytest.fixture
-def tool(monkeypatch):
-    """tool(name, *arguments): exit code of a tool, run in this process from the root."""
-    monkeypatch.chdir(ROOT)
-
-    def run(name: str, *arguments: object) -> int:
-        spec = importlib.util.spec_from_file_location(f"tool_{name}", ROOT / "tools" / f"{name}.py")
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        monkeypatch.setattr(sys, "argv", [f"tools/{name}.py", *map(str, arguments)])
-        try:
-            return module.main()
-        except SystemExit as stop:
-            return stop.code
-
-    return run
 
 
 def one_error(capsys) -> str:

@@ -8,7 +8,6 @@ with the same command, are not repeated, so this can be stopped and started agai
 import argparse
 import json
 import os
-import platform
 import subprocess
 import sys
 import time
@@ -18,6 +17,7 @@ from typing import Any, NamedTuple
 
 from mhmoe_vl import config
 from mhmoe_vl.analysis.compare import comparison_table, read_ledger
+from mhmoe_vl.benchmarks.processor import cpu_name
 from mhmoe_vl.errors import ConfigError, OneLineParser, guard
 
 VARIANTS = ("dense", "smoe", "xmoe", "fine_grained", "mh_moe_2", "mh_moe_4")
@@ -125,13 +125,6 @@ def git_commit() -> str:
         return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip() or "unknown"
     except OSError:
         return "unknown"
-
-
-def cpu_name() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
 
 
 if __name__ == "__main__":

@@ -99,17 +99,15 @@ class RoutedExperts(nn.Module):
         """
         rows = gather_rows(subtokens, paddings)
         scores = self.router(rows.x)
+        probabilities = scores.logits.softmax(-1)
+        weights = probabilities if self.router.gate == "softmax" else self.router.gates(scores.logits)
         experts, gates = choose_experts(
-            scores.logits,
-            self.router.gates(scores.logits),
-            self.top_k,
-            normalize=self.normalize_gates,
-            bias=self.balance_bias,
+            scores.logits, weights, self.top_k, normalize=self.normalize_gates, bias=self.balance_bias
         )
         mixed, kept = self._mix(rows.x, experts, gates)
-        probabilities = scores.logits.softmax(-1)
-        stats = self._stats(rows, probabilities, experts, kept)
-        aux_losses = self._aux_losses(rows, scores, probabilities, experts)
+        log_sums = scores.logits.logsumexp(-1)
+        stats = self._stats(rows, scores.logits, probabilities, log_sums, experts, kept)
+        aux_losses = self._aux_losses(rows, scores, probabilities, log_sums, experts)
         if self.balance_bias is not None and self.training and scores.logits.requires_grad:
             self._follow_load(scores.logits, stats.load.sum(0))
         outputs = scatter_rows(mixed, rows, subtokens)
@@ -129,13 +127,16 @@ class RoutedExperts(nn.Module):
         return (x + mixed if self.residual else mixed), kept
 
     @torch.no_grad()
-    def _stats(self, rows: Rows, probabilities: Tensor, experts: Tensor, kept: Tensor) -> RoutingStats:
+    def _stats(
+        self, rows: Rows, logits: Tensor, probabilities: Tensor, log_sums: Tensor, experts: Tensor, kept: Tensor
+    ) -> RoutingStats:
         load = torch.stack([count_experts(part, self.num_experts) for part in experts.split(rows.sizes)])
-        entropy = torch.special.entr(probabilities).sum() / max(len(experts), 1)
+        # -sum p log p of a row is logsumexp - p . logits: no logarithm of every probability.
+        entropy = (log_sums.sum() - torch.dot(probabilities.flatten(), logits.flatten())) / max(len(experts), 1)
         return RoutingStats(load, entropy.float(), (~kept).sum(), torch.full_like(load[0, 0], len(experts)))
 
     def _aux_losses(
-        self, rows: Rows, scores: RouterScores, probabilities: Tensor, experts: Tensor
+        self, rows: Rows, scores: RouterScores, probabilities: Tensor, log_sums: Tensor, experts: Tensor
     ) -> dict[str, Tensor]:
         """Balance loss and z-loss; all sums over rows go through one reduction over ranks."""
         E = self.num_experts
@@ -145,7 +146,7 @@ class RoutedExperts(nn.Module):
         counted = experts[:, :1] if self.balance_share == "first" else experts
         loads = [count_experts(part, E) for part in counted.split(sizes)]
         sums = [part.sum(0) for part in probabilities.split(sizes)]
-        z_sum = scores.logits.logsumexp(-1).square().sum()
+        z_sum = log_sums.square().sum()
         flat = torch.cat([*loads, *sums, z_sum.view(1), probabilities.new_tensor(sizes)])
         flat = all_reduce_sum(flat) if self.training else flat
         load, total, z_sum, num_rows = flat.split([len(loads) * E, len(loads) * E, 1, len(loads)])

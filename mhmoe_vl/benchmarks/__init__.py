@@ -1,0 +1,1 @@
+"""Speed and memory of the layers, the training step and the loader, as ratios inside one run."""

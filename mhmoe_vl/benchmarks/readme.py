@@ -1,0 +1,48 @@
+"""README's section on performance, from the benchmarks' JSON."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ..errors import DataError, one_line
+from . import goals, parts
+from .machine import heading
+
+START, END = "<!-- performance: written by tools/write_performance.py -->", "<!-- end of performance -->"
+
+
+def section(paths: Sequence[Path]) -> str:
+    """The machine, the goals and the profile by part of every result file.
+
+    Raises:
+        DataError: a file is not one that a benchmark wrote.
+    """
+    return "\n\n".join(_shown(path) for path in paths)
+
+
+def _shown(path: Path) -> str:
+    try:
+        results: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        tables = [f"`tools/{results['tool']}.py`: {heading(results)}.", goals.goal_table(results["goals"])]
+        if results.get("parts"):
+            tables.append(parts.table(results["parts"]))
+        return "\n\n".join(tables)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        what = one_line(getattr(error, "strerror", None) or f"{type(error).__name__}: {error}", 120)
+        raise DataError(f"{path}: not the JSON of a benchmark: {what} (name what --json wrote)") from error
+
+
+def replace_section(text: str, new: str, name: str) -> str:
+    """``text`` with ``new`` between the two marks.
+
+    Raises:
+        DataError: the marks are not there, each once and in order.
+    """
+    before, start, rest = text.partition(START)
+    _, end, after = rest.partition(END)
+    if not (start and end) or START in after or END in after:
+        raise DataError(f"{name}: has not once {START!r} and then {END!r} (put them back)")
+    return f"{before}{START}\n{new}\n{END}{after}"
