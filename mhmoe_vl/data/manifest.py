@@ -22,7 +22,7 @@ from typing import Any, BinaryIO
 
 from ..errors import DataError, one_line
 from .sample import EXTENSIONS, size_limit, split_name
-from .tar import Member, read_members
+from .tar import BLOCK, Member, read_members
 
 VERSION = 1
 Place = tuple[int, int, int | None]
@@ -48,6 +48,15 @@ class Index:
     def count_left_out(self) -> dict[str, int]:
         """How many members were left out, by reason."""
         return dict(Counter(reason for _, reason in self.left_out))
+
+
+def member_at(index: Index, byte: int) -> str:
+    """Name of the member whose header or data hold a byte of the shard; empty for padding."""
+    for key, members in index.samples.items():
+        for extension, (offset, size, _) in members.items():
+            if offset - BLOCK <= byte < offset + size:
+                return f"{key}.{extension}"
+    return ""
 
 
 def manifest_path(shard: str | Path) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -36,20 +37,36 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     """Tensors by name from a .safetensors file, or from a ``torch.save`` file (its "model" entry if it has one).
 
     Raises:
-        CheckpointError: the file is missing, unreadable, or holds something other than tensors by name.
+        CheckpointError: the file is missing, unreadable, holds something other than tensors by name, or would unpack to
+            more than its size.
     """
     path = Path(path)
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
+        _refuse_packed(path)
         with torch.serialization.safe_globals([argparse.Namespace]):  # released files carry their arguments
             loaded = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # there is no common base of what a damaged file makes the two readers raise
         raise CheckpointError(f"{path}: cannot be read: {one_line(error, 160)} (name a whole checkpoint)") from error
     weights = loaded.get("model", loaded) if isinstance(loaded, dict) else {}
-    if not weights or not all(isinstance(value, Tensor) for value in weights.values()):
+    if not weights or not all(type(k) is str and isinstance(v, Tensor) for k, v in weights.items()):
         raise CheckpointError(f"{path}: holds no tensors by name (name a file with a state dict)")
+    for name, value in weights.items():
+        if value.layout != torch.strided or value.nbytes > value.untyped_storage().nbytes():
+            shape = one_line(tuple(value.shape), 60)
+            raise CheckpointError(
+                f"{path}: {one_line(name, 80)!r} of shape {shape} is not stored whole (name another file)"
+            )
     return weights
+
+
+def _refuse_packed(path: Path) -> None:
+    """Compressed members, which torch.save never writes, could unpack to any size."""
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            if any(member.compress_type != zipfile.ZIP_STORED for member in archive.infolist()):
+                raise CheckpointError("compressed members")
 
 
 def from_published(weights: dict[str, Tensor], source: str | Path) -> dict[str, Tensor]:

@@ -6,6 +6,7 @@
         model.safetensors  ema.safetensors (optional)  optimizer.safetensors
         state.json         counters, versions
         config.yaml        of the run
+        tensors.json       CRC-32 of every tensor, to tell which one is damaged
         checksums.json     SHA-256 of every file above
         COMPLETE           SHA-256 of checksums.json, written last
 
@@ -20,13 +21,14 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Callable, Mapping
+import zlib
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -87,8 +89,12 @@ def save(root: Path, parts: Mapping[str, Mapping[str, Tensor]], state: Mapping[s
 
 def _write(folder: Path, parts: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any], config: str) -> None:
     folder.mkdir()
+    sums: dict[str, dict[str, int]] = {}
     for part, tensors in parts.items():
-        save_file(_separate(tensors), folder / f"{part}.safetensors")
+        file, tensors = folder / f"{part}.safetensors", separate(tensors)
+        save_file(tensors, file)
+        sums[file.name] = {name: _crc32(tensor) for name, tensor in tensors.items()}
+    (folder / "tensors.json").write_text(json.dumps(sums))
     versions = {"format": FORMAT, "package": __version__, "torch": str(torch.__version__)}
     (folder / "state.json").write_text(json.dumps({**versions, **state}, indent=1))
     (folder / "config.yaml").write_text(config)
@@ -134,7 +140,7 @@ def _replace(new: Path, final: Path, old: Path) -> None:
     _flush(final.parent)
 
 
-def _separate(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def separate(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """CPU copies where the file format needs them: it refuses tensors that share memory, such as tied weights."""
     seen: set[int] = set()
     result = {}
@@ -146,9 +152,19 @@ def _separate(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _refuse_non_finite(tensors: Mapping[str, Tensor], place: str) -> None:
+    for name in not_finite(tensors):
+        raise CheckpointError(f"{place}: {name!r} is not finite (go back to an earlier checkpoint)")
+
+
+def not_finite(tensors: Mapping[str, Tensor]) -> Iterator[str]:
+    """Names of the tensors that hold NaN or infinity."""
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-            raise CheckpointError(f"{place}: {name!r} is not finite (go back to an earlier checkpoint)")
+            yield name
+
+
+def _crc32(tensor: Tensor) -> int:
+    return zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy())
 
 
 def _flush(path: Path) -> None:
@@ -165,26 +181,77 @@ def _sha256(path: Path) -> str:
 
 
 # ------------------------------------------------------------------------------------------- reading
+class Damage(NamedTuple):
+    """One thing that is wrong with a checkpoint: in which file and tensor (empty where none can be named)."""
+
+    file: Path
+    tensor: str
+    what: str
+
+
+def find_damage(path: Path) -> Iterator[Damage]:
+    """What its checksums say against the checkpoint in folder ``path``, file by file; nothing when it is whole."""
+    sums = path / "checksums.json"
+    try:
+        listed, complete = sums.read_bytes(), (path / "COMPLETE").read_bytes()
+        checksums = json.loads(listed)
+        needed = {"model.safetensors", "state.json"} <= checksums.keys()
+    except OSError as error:
+        yield Damage(Path(error.filename or path), "", f"{error.strerror}: not a whole checkpoint")
+        return
+    except (ValueError, RecursionError, AttributeError, TypeError):
+        yield Damage(sums, "", "damaged, not a list of checksums")
+        return
+    if complete.strip() != hashlib.sha256(listed).hexdigest().encode():
+        yield Damage(sums, "", "damaged, or COMPLETE is")
+    elif not needed:
+        yield Damage(sums, "", "model or state is not listed")
+    for name, expected in checksums.items():
+        if Path(name).name != name:
+            yield Damage(path / name, "", "listed, but no file of this folder")
+            continue
+        try:
+            if _sha256(path / name) != expected:
+                yield Damage(path / name, _damaged_tensor(path, name), "damaged, its checksum differs")
+        except OSError as error:
+            yield Damage(path / name, "", f"{error.strerror}: not a whole checkpoint")
+
+
+def _damaged_tensor(path: Path, name: str) -> str:
+    """The first tensor of a damaged file that differs; empty where the damage is elsewhere, or nobody can tell."""
+    try:
+        sums = json.loads((path / "tensors.json").read_bytes())[name]
+        with safe_open(path / name, "pt") as file:
+            return next((key for key, crc in sums.items() if _crc32(file.get_tensor(key)) != crc), "")
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError, SafetensorError):
+        return ""
+
+
 def verify(path: Path) -> None:
     """Hold a checkpoint to its checksums.
 
     Raises:
         CheckpointError: it is unfinished, or a file is missing or damaged.
     """
+    for file, tensor, what in find_damage(path):
+        raise CheckpointError(f"{one_line(f'{file}:{tensor}'.rstrip(':'))}: {what} (take another checkpoint)")
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """The counters in folder ``path``.
+
+    Raises:
+        CheckpointError: they are no such JSON, or come from a later version.
+    """
     try:
-        listed = (path / "checksums.json").read_bytes()
-        complete = (path / "COMPLETE").read_text(encoding="utf-8", errors="replace")
-        if complete.strip() != hashlib.sha256(listed).hexdigest():
-            raise CheckpointError(f"{path}/checksums.json: damaged (take another checkpoint)")
-        checksums = json.loads(listed)
-        if not {"model.safetensors", "state.json"} <= checksums.keys():
-            raise CheckpointError(f"{path}/checksums.json: model or state is not listed (take another checkpoint)")
-        for name, expected in checksums.items():
-            if Path(name).name != name or _sha256(path / name) != expected:
-                raise CheckpointError(f"{path}/{name}: damaged, its checksum differs (take another checkpoint)")
-    except OSError as error:
-        missing = one_line(error.filename or path)
-        raise CheckpointError(f"{missing}: {error.strerror}: not a whole checkpoint (take another one)") from error
+        state = json.loads((path / "state.json").read_bytes())
+        version = int(state["format"])
+    except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
+        raise CheckpointError(f"{path}/state.json: no counters of a checkpoint (take another checkpoint)") from error
+    if version > FORMAT:
+        made = one_line(state.get("package"), 20)
+        raise CheckpointError(f"{path}: made by mhmoe_vl {made}, this is {__version__} (upgrade)")
+    return state
 
 
 def read(path: Path) -> Checkpoint:
@@ -194,10 +261,7 @@ def read(path: Path) -> Checkpoint:
         CheckpointError: it is not whole, comes from a later version, or holds values that are not finite.
     """
     verify(path)
-    state = json.loads((path / "state.json").read_bytes())
-    if state["format"] > FORMAT:
-        made = one_line(state.get("package"), 20)
-        raise CheckpointError(f"{path}: made by mhmoe_vl {made}, this is {__version__} (upgrade)")
+    state = read_state(path)
     try:
         tensors = {file.stem: load_file(file) for file in sorted(path.glob("*.safetensors"))}
     except SafetensorError as error:
@@ -233,7 +297,7 @@ def _order(path: Path) -> tuple[float, str]:
     """By step; what cannot even tell its step counts as newest, so that it is reported and not passed over."""
     try:
         return int(json.loads((path / "state.json").read_bytes())["step"]), path.name
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
         return math.inf, path.name
 
 
