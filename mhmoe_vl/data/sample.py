@@ -28,7 +28,7 @@ class BadSample(DataError):
         reason: short words to count by (``"checksum"``, ``"truncated"``, ``"image"``, ...).
         shard: file or address it came from; empty where that is not known yet.
         member: name or key inside the shard; empty when it is the shard as a whole.
-        byte: position in the shard where its structure is damaged; none where it is not about that.
+        byte: position of a damaged header in the shard; none where it is not about one.
     """
 
     def __init__(

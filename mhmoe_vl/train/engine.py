@@ -27,6 +27,7 @@ from ..data.loader import step_loader
 from ..errors import ConfigError, TrainingError, one_line
 from ..tasks.base import Batch, Record, Task
 from . import checkpoint, optim, resume
+from .collapse import CollapseAlarm
 from .evaluation import predict, predictions_path, write_predictions, write_texts
 from .log import RunLog
 from .step import Autocast, Trainer
@@ -34,6 +35,8 @@ from .system import StopSignals, lock, peak_memory_mb, raise_malloc_thresholds, 
 
 MAX_SKIPPED_IN_A_ROW = 10
 MAX_FAILED_SAVES = 3
+SHOWN = 3
+"""names of what is not finite in a warning"""
 BAD_WINDOW = 1000
 """samples of which ``max_bad_fraction`` may be bad before the run has seen as many"""
 
@@ -47,7 +50,8 @@ def session(config: TrainConfig) -> Iterator[torch.device]:
     device = distributed.select_device(config.device)
     distributed.init_process_group(device)
     try:
-        yield device
+        with distributed.lost_ranks_named():
+            yield device
     finally:
         distributed.shutdown()
 
@@ -97,6 +101,7 @@ class Progress:
         best: best value of the task's metric since training began, found at ``best_step``.
         skipped: updates left out because loss or gradient was not finite; ``skipped_in_a_row`` of them just now.
         samples: samples used; ``bad`` counts those left out, by reason.
+        last_used: by pool, the last logged step at which each expert was chosen.
     """
 
     step: int = 0
@@ -107,6 +112,7 @@ class Progress:
     skipped_in_a_row: int = 0
     samples: int = 0
     bad: dict[str, int] = field(default_factory=dict)
+    last_used: dict[str, list[int]] = field(default_factory=dict)
 
 
 class _Clock:
@@ -138,6 +144,7 @@ class _Run:
         self.saved: tuple[int, int] | None = None
         self.failed_saves = 0
         self._begin()
+        self.alarm = CollapseAlarm(self.progress.last_used)
         self.trainer.distribute()
 
     def _begin(self) -> None:
@@ -146,15 +153,15 @@ class _Run:
         if any(entry != settings[0] for entry in distributed.gather_records(settings)):
             raise ConfigError("ranks were started with different configurations (use one command line for all)")
         found = checkpoint.share(lambda: resume.starting_point(self.run_dir, self.config, self.log.say))
-        if found is None:
-            self.log.cut(-1, -1)
-        else:
+        if found is not None:
             self._restore(found)
-            self.log.cut(self.progress.step, self.progress.evaluated)
-        goes_on = found is not None
-        distributed.on_main(lambda: resume.keep_recorded(self.run_dir, self.task.recorded(), goes_on=goes_on))
-        if distributed.is_main():
-            resume.write_config(self.run_dir / "config.yaml", self.config)
+        distributed.on_main(lambda: self._begin_files(goes_on=found is not None))
+
+    def _begin_files(self, *, goes_on: bool) -> None:
+        """Cut the log to what the run goes on from, hold its data to those it began with, write its configuration."""
+        self.log.cut(*((self.progress.step, self.progress.evaluated) if goes_on else (-1, -1)))
+        resume.keep_recorded(self.run_dir, self.task.recorded(), goes_on=goes_on)
+        resume.write_config(self.run_dir / "config.yaml", self.config)
 
     def _restore(self, found: checkpoint.Checkpoint) -> None:
         trainer = self.trainer
@@ -162,7 +169,9 @@ class _Run:
         optim.load_optimizer_tensors(trainer.model, trainer.optimizer, found.tensors["optimizer"])
         if trainer.ema is not None:
             checkpoint.load_weights(trainer.ema.module, found.weights, found.path)
-        self.progress = Progress(**{entry.name: found.state[entry.name] for entry in fields(Progress)})
+        self.progress = Progress(
+            **{entry.name: found.state[entry.name] for entry in fields(Progress) if entry.name in found.state}
+        )
         self.saved = (self.progress.step, self.progress.evaluated)
         if self.progress.step < self.config.train.steps:
             self.log.say(f"continues from {found.path}, step {self.progress.step}")
@@ -201,12 +210,16 @@ class _Run:
         seed_all(self.config.seed, progress.step, distributed.rank())
         done = self.trainer.update(progress.step, parts, counts, logged=logged)
         progress.step += 1
-        self._note_skipped(done.updated)
+        self._note_skipped(done.not_finite)
         self.clock.add(time.perf_counter() - began, sum(counts.samples), counts.images)
         self.log.advance()
         if logged:
             values = done.values | self.clock.values() | {"memory_mb": peak_memory_mb(self.device)}
             values |= {"skipped": progress.skipped} | {f"bad/{reason}": n for reason, n in progress.bad.items()}
+            collapsed, alarms = self.alarm.check(progress.step, values)
+            values |= {"collapsed": collapsed} if progress.last_used else {}
+            for alarm in alarms:
+                self.log.say(f"warning: step {progress.step}: {alarm}")
             self.log.write(progress.step, "train", values)
             self.clock = _Clock()
 
@@ -248,22 +261,24 @@ class _Run:
                 " (mend the data or raise the limit; the last checkpoint stands)"
             )
 
-    def _note_skipped(self, updated: bool) -> None:
-        """Count updates that were left out.
+    def _note_skipped(self, not_finite: list[str]) -> None:
+        """Count updates that were left out, and say why.
 
         Raises:
             TrainingError: too many in a row.
         """
         progress = self.progress
-        progress.skipped_in_a_row = 0 if updated else progress.skipped_in_a_row + 1
-        if updated:
+        progress.skipped_in_a_row = progress.skipped_in_a_row + 1 if not_finite else 0
+        if not not_finite:
             return
         progress.skipped += 1
-        self.log.say(f"warning: step {progress.step} skipped: loss or gradient is not finite")
+        more = f" and {len(not_finite) - SHOWN} more" if len(not_finite) > SHOWN else ""
+        what = f"not finite: {', '.join(not_finite[:SHOWN])}{more}"
+        self.log.say(one_line(f"warning: step {progress.step} skipped: {what}"))
         if progress.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
             raise TrainingError(
                 f"{self.run_dir}: {MAX_SKIPPED_IN_A_ROW} steps in a row without a finite loss and gradient, the last is"
-                f" {progress.step} (lower optim.lr; the last checkpoint stands)"
+                f" {progress.step}, {one_line(what, 120)} (lower optim.lr; the last checkpoint stands)"
             )
 
     # -------------------------------------------------------------------------- evaluations and saves
@@ -282,11 +297,18 @@ class _Run:
         if progress.step and better:
             progress.best, progress.best_step = score, progress.step
         if distributed.is_main():
-            path = predictions_path(self.run_dir, progress.step)
-            write_predictions(path, records, keep=[predictions_path(self.run_dir, progress.best_step)])
-            if progress.best_step in (-1, progress.step):
-                write_texts(path.parent, task.submission(records))
+            self._write_predictions(records)
         self.log.write(progress.step, "val", scores)
+
+    def _write_predictions(self, records: list[Record]) -> None:
+        """A full disk costs the predictions of one evaluation, not the run."""
+        path, best = predictions_path(self.run_dir, self.progress.step), self.progress.best_step
+        try:
+            write_predictions(path, records, keep=[predictions_path(self.run_dir, best)])
+            if best in (-1, self.progress.step):
+                write_texts(path.parent, self.task.submission(records))
+        except OSError as error:
+            self.log.say(f"warning: {path.parent}: {one_line(error.strerror)} (predictions are lost, training goes on)")
 
     def _save(self) -> None:
         """Write a checkpoint; a full disk is survived until the next one, but not three times or at the end."""

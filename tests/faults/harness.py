@@ -8,6 +8,7 @@ import mmap
 import os
 import resource
 import signal
+import socket
 import sys
 import time
 import traceback
@@ -99,6 +100,27 @@ def kill(child: int) -> None:
         os.kill(child, signal.SIGKILL)
     with contextlib.suppress(ChildProcessError):
         os.waitpid(child, 0)
+
+
+def start_ranks(action: Callable[[int], int | None], world: int, folder: Path) -> list[int]:
+    """Fork ``world`` ranks that find each other as under torchrun; what they say is in ``folder/rank-r.txt``."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1]), "WORLD_SIZE": str(world)}
+
+    def run(rank: int) -> int | None:
+        os.environ.update(address, RANK=str(rank), LOCAL_RANK=str(rank))
+        return action(rank)
+
+    folder.mkdir(parents=True, exist_ok=True)
+    for rank in range(world):
+        (folder / f"rank-{rank}.txt").unlink(missing_ok=True)
+    return [fork(lambda rank=rank: run(rank), folder / f"rank-{rank}.txt") for rank in range(world)]
+
+
+def in_ranks(action: Callable[[int], int | None], world: int, folder: Path, seconds: float = 120) -> list[int | None]:
+    """Exit codes of ``action`` in ``world`` ranks; see :func:`start_ranks`."""
+    return [wait(child, seconds) for child in start_ranks(action, world, folder)]
 
 
 @dataclass
