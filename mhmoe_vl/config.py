@@ -493,6 +493,10 @@ def run_config(kind: str) -> type[RunConfig]:
 
 
 # ------------------------------------------------------------------------------------------- loading
+MAX_BYTES = 100_000
+"""Most characters of a configuration file; parsing YAML takes a thousand times its size in memory."""
+
+
 class _StrictLoader(yaml.SafeLoader):
     """YAML without tags, aliases or duplicate keys, and with 3e-4 read as a number."""
 
@@ -545,7 +549,12 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     path = Path(path)
     try:
         with path.open(encoding="utf-8") as file:
-            loaded = yaml.load(file, Loader=_StrictLoader)  # noqa: S506 (a SafeLoader without tags)
+            text = file.read(MAX_BYTES + 1)
+        if len(text) > MAX_BYTES:
+            raise ConfigError(f"{path}: more than {MAX_BYTES} characters (name a configuration file)")
+        loader = _StrictLoader(text)
+        loader.name = str(path)
+        loaded = loader.get_single_data()
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror} (name an existing YAML file)") from error
     except ConfigError:

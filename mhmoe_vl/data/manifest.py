@@ -25,6 +25,8 @@ from .sample import EXTENSIONS, size_limit, split_name
 from .tar import BLOCK, Member, read_members
 
 VERSION = 1
+MAX_BYTES = 8 * 2**20
+"""Most bytes of a manifest (some 80,000 samples): JSON takes thirty times its size once it is read."""
 Place = tuple[int, int, int | None]
 """Offset and size of a member's data in bytes, and its crc32; none when nobody has read the data yet."""
 
@@ -146,6 +148,8 @@ def from_json(text: str | bytes, path: str) -> Index:
     Raises:
         DataError: not a manifest, or one of another version.
     """
+    if len(text) > MAX_BYTES:
+        raise DataError(f"{path}: manifest of more than {MAX_BYTES} bytes (pack smaller shards)")
     try:
         document = json.loads(text)
         version = document["version"]
@@ -185,7 +189,8 @@ def read_manifest(shard: str | Path) -> Index | None:
     """
     path = manifest_path(shard)
     try:
-        return from_json(path.read_bytes(), str(path))
+        with path.open("rb") as file:
+            return from_json(file.read(MAX_BYTES + 1), str(path))
     except FileNotFoundError:
         return None
     except OSError as error:

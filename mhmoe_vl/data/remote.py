@@ -134,7 +134,7 @@ def fetch_range(url: str, start: int, size: int) -> bytes:
     return _attempt(url, attempt) if size else b""
 
 
-def fetch_optional(url: str, limit: int = 2**30) -> bytes | None:
+def fetch_optional(url: str, limit: int) -> bytes | None:
     """The body of an address; none when the server says there is nothing (404, 403, 410).
 
     Raises:

@@ -16,6 +16,7 @@ the new one is complete. ``best`` and ``step-...`` are hard links to the same fi
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import math
@@ -36,6 +37,8 @@ from .. import __version__, distributed
 from ..errors import CheckpointError, one_line
 
 FORMAT = 1
+MAX_JSON_BYTES = 8 * 2**20
+"""Most bytes of a checkpoint's JSON files."""
 SHOWN = 5
 
 
@@ -193,7 +196,7 @@ def find_damage(path: Path) -> Iterator[Damage]:
     """What its checksums say against the checkpoint in folder ``path``, file by file; nothing when it is whole."""
     sums = path / "checksums.json"
     try:
-        listed, complete = sums.read_bytes(), (path / "COMPLETE").read_bytes()
+        listed, complete = _read_small(sums), _read_small(path / "COMPLETE")
         checksums = json.loads(listed)
         needed = {"model.safetensors", "state.json"} <= checksums.keys()
     except OSError as error:
@@ -207,20 +210,28 @@ def find_damage(path: Path) -> Iterator[Damage]:
     elif not needed:
         yield Damage(sums, "", "model or state is not listed")
     for name, expected in checksums.items():
-        if Path(name).name != name:
-            yield Damage(path / name, "", "listed, but no file of this folder")
+        file = path / name
+        if file.parent != path or file.is_symlink() or (file.exists() and not file.is_file()):
+            yield Damage(file, "", "listed, but no file of this folder")
             continue
         try:
-            if _sha256(path / name) != expected:
-                yield Damage(path / name, _damaged_tensor(path, name), "damaged, its checksum differs")
+            if _sha256(file) != expected:
+                yield Damage(file, _damaged_tensor(path, name), "damaged, its checksum differs")
         except OSError as error:
-            yield Damage(path / name, "", f"{error.strerror}: not a whole checkpoint")
+            yield Damage(file, "", f"{error.strerror}: not a whole checkpoint")
+
+
+def _read_small(path: Path) -> bytes:
+    if path.is_symlink() or (path.exists() and not path.is_file()):
+        raise OSError(errno.EINVAL, "no plain file", str(path))
+    with path.open("rb") as file:
+        return file.read(MAX_JSON_BYTES)  # cut short, it is no JSON
 
 
 def _damaged_tensor(path: Path, name: str) -> str:
     """The first tensor of a damaged file that differs; empty where the damage is elsewhere, or nobody can tell."""
     try:
-        sums = json.loads((path / "tensors.json").read_bytes())[name]
+        sums = json.loads(_read_small(path / "tensors.json"))[name]
         with safe_open(path / name, "pt") as file:
             return next((key for key, crc in sums.items() if _crc32(file.get_tensor(key)) != crc), "")
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError, SafetensorError):
@@ -244,7 +255,7 @@ def read_state(path: Path) -> dict[str, Any]:
         CheckpointError: they are no such JSON, or come from a later version.
     """
     try:
-        state = json.loads((path / "state.json").read_bytes())
+        state = json.loads(_read_small(path / "state.json"))
         version = int(state["format"])
     except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
         raise CheckpointError(f"{path}/state.json: no counters of a checkpoint (take another checkpoint)") from error
@@ -296,7 +307,7 @@ def newest(root: Path, say: Callable[[str], None]) -> Checkpoint | None:
 def _order(path: Path) -> tuple[float, str]:
     """By step; what cannot even tell its step counts as newest, so that it is reported and not passed over."""
     try:
-        return int(json.loads((path / "state.json").read_bytes())["step"]), path.name
+        return int(json.loads(_read_small(path / "state.json"))["step"]), path.name
     except (OSError, ValueError, LookupError, TypeError, RecursionError):
         return math.inf, path.name
 
