@@ -7,6 +7,7 @@ the same samples at the same step, and to resume is to continue counting.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import os
@@ -353,6 +354,22 @@ def _leave_process_group(worker: int) -> None:
     """Signals to the whole group, such as Ctrl-C, are for the process that trains: it needs its workers for the step
     under way, and ends them itself."""
     os.setpgid(0, 0)
+
+
+@contextlib.contextmanager
+def dead_workers_named() -> Iterator[None]:
+    """Inside, the death of a data worker, which torch tells of wherever the program just is, becomes a line.
+
+    Raises:
+        DataError: naming the process and what ended it.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not str(error).startswith("DataLoader worker"):
+            raise
+        what = one_line(error, 150)
+        raise DataError(f"data worker: {what} (lower num_workers, or look for too little memory)") from error
 
 
 def _named_failures(loader: DataLoader, numbers: Sequence[int]) -> Iterator[Any]:

@@ -23,11 +23,11 @@ from torch import nn
 from .. import config as configuration
 from .. import distributed
 from ..config import RunConfig, TrainConfig
-from ..data.loader import step_loader
+from ..data.loader import dead_workers_named, step_loader
 from ..errors import ConfigError, TrainingError, one_line
 from ..tasks.base import Batch, Record, Task
 from . import checkpoint, optim, resume
-from .collapse import CollapseAlarm
+from .alarms import CollapseAlarm, SpikeAlarm
 from .evaluation import predict, predictions_path, write_predictions, write_texts
 from .log import RunLog
 from .step import Autocast, Trainer
@@ -50,7 +50,7 @@ def session(config: TrainConfig) -> Iterator[torch.device]:
     device = distributed.select_device(config.device)
     distributed.init_process_group(device)
     try:
-        with distributed.lost_ranks_named():
+        with distributed.lost_ranks_named(), dead_workers_named():
             yield device
     finally:
         distributed.shutdown()
@@ -144,7 +144,7 @@ class _Run:
         self.saved: tuple[int, int] | None = None
         self.failed_saves = 0
         self._begin()
-        self.alarm = CollapseAlarm(self.progress.last_used)
+        self.routing_alarm, self.loss_alarm = CollapseAlarm(self.progress.last_used), SpikeAlarm()
         self.trainer.distribute()
 
     def _begin(self) -> None:
@@ -208,7 +208,8 @@ class _Run:
             self._note_bad(sum((Counter(part.bad) for part in parts), Counter()))
         logged = (progress.step + 1) % self.config.train.log_every == 0 or progress.step + 1 == self.config.train.steps
         seed_all(self.config.seed, progress.step, distributed.rank())
-        done = self.trainer.update(progress.step, parts, counts, logged=logged)
+        with self._memory_named(counts.samples):
+            done = self.trainer.update(progress.step, parts, counts, logged=logged)
         progress.step += 1
         self._note_skipped(done.not_finite)
         self.clock.add(time.perf_counter() - began, sum(counts.samples), counts.images)
@@ -216,12 +217,27 @@ class _Run:
         if logged:
             values = done.values | self.clock.values() | {"memory_mb": peak_memory_mb(self.device)}
             values |= {"skipped": progress.skipped} | {f"bad/{reason}": n for reason, n in progress.bad.items()}
-            collapsed, alarms = self.alarm.check(progress.step, values)
+            collapsed, alarms = self.routing_alarm.check(progress.step, values)
             values |= {"collapsed": collapsed} if progress.last_used else {}
-            for alarm in alarms:
+            for alarm in filter(None, [*alarms, self.loss_alarm.check(values["loss"])]):
                 self.log.say(f"warning: step {progress.step}: {alarm}")
             self.log.write(progress.step, "train", values)
             self.clock = _Clock()
+
+    @contextlib.contextmanager
+    def _memory_named(self, samples: list[int]) -> Iterator[None]:
+        """Turns the failure to get memory, for which torch has no one type, into a line."""
+        try:
+            yield
+        except (MemoryError, RuntimeError) as error:
+            if isinstance(error, RuntimeError) and "memory" not in str(error):
+                raise
+            peak = peak_memory_mb(self.device)
+            raise TrainingError(
+                f"{self.run_dir}: out of memory in step {self.progress.step + 1}, parts of {samples} samples over all"
+                f" ranks, {peak:,.0f} MiB at most so far (lower batch_size or raise train.accumulate; the last"
+                " checkpoint stands)"
+            ) from error
 
     def _stop(self, number: int) -> int:
         if self.saved != (self.progress.step, self.progress.evaluated):

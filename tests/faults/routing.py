@@ -9,7 +9,7 @@ import torch
 
 from mhmoe_vl.nn.mh_moe import MultiHeadMoE
 from mhmoe_vl.nn.moe import MoE
-from mhmoe_vl.train.collapse import DEAD_STEPS, CollapseAlarm, share_limit
+from mhmoe_vl.train.alarms import DEAD_STEPS, CollapseAlarm, share_limit
 
 from .harness import Found
 

@@ -1,10 +1,16 @@
-"""An alarm for routing that collapses: one expert takes nearly everything, or experts are never chosen."""
+"""Alarms about the numbers of the log: routing that collapses, losses that jump."""
 
 from __future__ import annotations
 
+import math
+from collections import deque
 from collections.abc import Mapping
+from statistics import median
 from typing import Any
 
+SPIKE = 10.0
+"""times the median of the last logged losses that makes a spike"""
+REMEMBERED = 50
 DEAD_STEPS = 1000
 """steps without any choice, seen at logged steps, after which an expert counts as dead"""
 
@@ -48,3 +54,20 @@ class CollapseAlarm:
             named = ", ".join(map(str, dead[:8])) + (f" and {len(dead) - 8} more" if len(dead) > 8 else "")
             alarms.append(("dead", f"{pool}: no choice in {DEAD_STEPS} steps for expert {named} {advice}"))
         return alarms
+
+
+class SpikeAlarm:
+    """Watches the logged loss."""
+
+    def __init__(self) -> None:
+        self._last: deque[float] = deque(maxlen=REMEMBERED)
+
+    def check(self, loss: float) -> str | None:
+        """A text when ``loss`` is over ten times the median of the losses before it, of which there are ten or more."""
+        usual = median(self._last) if len(self._last) >= 10 else math.inf
+        if math.isfinite(loss):
+            self._last.append(loss)
+        if loss <= SPIKE * usual or math.isnan(loss):
+            return None
+        before = f"the median of the last {len(self._last) - 1} is {usual:.4g}"
+        return f"loss {loss:.4g}, {before} (look at this step's data)"
