@@ -209,8 +209,7 @@ def pack(
     """
     if not all(splits.values()):
         raise DataError(f"{out}: nothing to pack (check the input and the options)")
-    digest = hashlib.sha256(repr(splits).encode()).hexdigest()
-    _claim(out, {**settings, "samples_per_shard": samples_per_shard, "input": digest[:16]})
+    claim(out, {**settings, "samples_per_shard": samples_per_shard}, splits)
     for name, items in splits.items():
         numbered = [(sample_key(i), item) for i, item in enumerate(items)]
         read = partial(_sample, members)
@@ -242,8 +241,18 @@ def _sample(members: Callable[[Item], Members], numbered: tuple[str, Item]) -> t
     return key, members(item)
 
 
-def _claim(out: Path, settings: dict[str, Any]) -> None:
-    """Note in ``packing.json`` what ``out`` holds: whole shards are kept, so other settings must not continue it."""
+def claim(out: Path, settings: dict[str, Any], source: object) -> None:
+    """Note in ``packing.json`` what ``out`` holds: what is whole is kept, so other settings must not continue it.
+
+    Args:
+        out: made when missing.
+        settings: the options that decide the output.
+        source: all that is written; what it prints as is noted as a fingerprint.
+
+    Raises:
+        DataError: ``out`` holds something else.
+    """
+    settings = {**settings, "input": hashlib.sha256(repr(source).encode()).hexdigest()[:16]}
     note = out / "packing.json"
     if note.is_file():
         before = read_json(note)

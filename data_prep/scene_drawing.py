@@ -38,7 +38,9 @@ BACKGROUNDS = {
 TEXTURES = ("plain", "striped", "dotted")
 RADII = {"small": 0.10, "large": 0.18}
 """Radius of the circle around a shape, as a share of the picture's side; single shapes differ from it by up to 8 %."""
-MAX_OBJECTS = 4
+COUNTS = (1, 2, 3, 4)
+FEW = (1, 1, 1, 1, 1, 1, 2, 2, 3, 4)
+"""Numbers of shapes in a scene, alike likely; the simpler scenes are for questions and statements."""
 
 MARGIN, GAP = 0.03, 0.03
 CLEAR = 1.5
@@ -178,10 +180,10 @@ def pick(rng: np.random.Generator, options: Sequence[T]) -> T:
     return options[int(rng.integers(len(options)))]
 
 
-def sample_scene(rng: np.random.Generator, image_size: int = 128) -> Scene:
-    """Draw a scene by lot: 1 to 4 shapes, all choices uniform, and places by rejection."""
+def sample_scene(rng: np.random.Generator, image_size: int = 128, counts: Sequence[int] = COUNTS) -> Scene:
+    """Draw a scene by lot: as many shapes as one of ``counts``, all choices uniform, and places by rejection."""
     background, texture = pick(rng, tuple(BACKGROUNDS)), pick(rng, TEXTURES)
-    num_objects = 1 + int(rng.integers(MAX_OBJECTS))
+    num_objects = pick(rng, counts)
     objects = None
     while objects is None:
         objects = _place(rng, num_objects, image_size)
@@ -213,11 +215,23 @@ def draw(scene: Scene) -> Image.Image:
     image = Image.fromarray(_background(scene)).resize((side, side), Image.Resampling.NEAREST)
     canvas = ImageDraw.Draw(image)
     for o in scene.objects:
-        for polygon in o.polygons():
-            # Pixel centres lie at half-way coordinates, which PIL's polygons count as whole ones.
-            corners = [(x * SUPERSAMPLING - 0.5, y * SUPERSAMPLING - 0.5) for x, y in polygon]
-            canvas.polygon(corners, fill=COLORS[o.color])
+        _fill(canvas, o, COLORS[o.color])
     return image.reduce(SUPERSAMPLING)
+
+
+def draw_mask(objects: Sequence[SceneObject], image_size: int) -> np.ndarray:
+    """The pixels that objects cover by half or more, (side, side) bool."""
+    side = image_size * SUPERSAMPLING
+    image = Image.new("L", (side, side))
+    for o in objects:
+        _fill(ImageDraw.Draw(image), o, 255)
+    return np.array(image.reduce(SUPERSAMPLING)) >= 128
+
+
+def _fill(canvas: ImageDraw.ImageDraw, item: SceneObject, fill: int | tuple[int, int, int]) -> None:
+    for polygon in item.polygons():
+        # Pixel centres lie at half-way coordinates, which PIL's polygons count as whole ones.
+        canvas.polygon([(x * SUPERSAMPLING - 0.5, y * SUPERSAMPLING - 0.5) for x, y in polygon], fill=fill)
 
 
 def _background(scene: Scene) -> np.ndarray:

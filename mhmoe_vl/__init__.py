@@ -18,6 +18,7 @@ _HOMES = {
     "load_pretrained": "models.factory",
     "replace_mlps": "models.replace",
     "collect_aux_losses": "models.replace",
+    "trace_routing": "analysis.trace",
 }
 
 __all__ = ["__version__", *_HOMES]

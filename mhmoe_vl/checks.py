@@ -1,15 +1,20 @@
 """Which options fit each other: asked by layers and encoder when they are built, and by the counts that build neither.
 
-Every function raises ConfigError, one line with the value. Nothing here imports torch.
+Every function raises ConfigError, one line with the value. Nothing here imports torch. At the end: which checkpoints
+this version reads.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from numbers import Integral
+from pathlib import Path
 from typing import Any
 
-from .errors import ConfigError
+from . import __version__
+from .errors import CheckpointError, ConfigError, one_line
+
+CHECKPOINT_FORMAT = 1
 
 
 def check_whole(name: str, value: Any, least: int = 1) -> None:
@@ -99,3 +104,14 @@ def check_blocks(
         raise ConfigError(f"vl_ffn_layers: {vl_ffn_layers} of {depth} blocks (choose at most {depth})")
     if sparse and moe_every > depth:
         raise ConfigError(f"moe_every: {moe_every} leaves no block of {depth} with experts (choose at most {depth})")
+
+
+# ---------------------------------------------------------------------------------------- checkpoints
+def check_format(state: Any, place: Path) -> None:
+    """Refuse the checkpoint at ``place`` if its ``state.json`` says that a later version made it (CheckpointError)."""
+    found = state.get("format") if isinstance(state, dict) else None
+    if not isinstance(found, int):
+        raise CheckpointError(f"{place}: state.json names no format (take another checkpoint)")
+    if found > CHECKPOINT_FORMAT:
+        made = one_line(state.get("package"), 20)
+        raise CheckpointError(f"{place}: made by mhmoe_vl {made}, this is {__version__} (upgrade)")

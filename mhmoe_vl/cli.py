@@ -141,6 +141,7 @@ def _model(settings: config.RunConfig, task: Any, init_from: str | None) -> Any:
     """The model from the run's seed, then from ``init_from``: the encoder, and those heads that are in there too."""
     import torch
 
+    from . import distributed
     from .models.factory import build_encoder, load_encoder_weights, load_head_weights
 
     torch.manual_seed(settings.seed)
@@ -149,7 +150,7 @@ def _model(settings: config.RunConfig, task: Any, init_from: str | None) -> Any:
         load_encoder_weights(encoder, init_from)
     model = task.model(encoder)
     if encoder is not None and init_from is not None:
-        load_head_weights(model, init_from)
+        load_head_weights(model, init_from, print if distributed.is_main() else lambda line: None)
     return model
 
 

@@ -427,7 +427,7 @@ class OptimConfig(Section):
     layer_decay: Annotated[float, Field(gt=0, le=1)] = 1.0
     """learning rate factor from each block to the one below it"""
     head_lr_factor: PositiveFloat = 1.0
-    """learning rate factor of all that stands outside the encoder, times its layer's (BEiT-3's VQA head: 20)"""
+    """learning rate factor of the model's ``head`` (not its pooler), times its layer's (BEiT-3's VQA head: 20)"""
     clip_grad: PositiveFloat | None = 3.0
     """largest norm of all gradients together"""
     balance_loss_weight: NonNegativeFloat = 0.01

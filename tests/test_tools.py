@@ -228,16 +228,26 @@ def test_ctrl_c_ends_the_comparison(tmp_path):
     assert ledger.read_text() == ""
 
 
-@pytest.mark.parametrize(("after", "code"), [(10.0, 0), (50.0, 1)])
-def test_the_demo_ends_with_its_verdict(tool, tmp_path, monkeypatch, capsys, after, code):
-    """Stages that do nothing; the last one's summary is there."""
+@pytest.mark.parametrize(
+    ("perplexity", "accuracy", "code"), [(10.0, 60.0, 0), (50.0, 60.0, 1), (10.0, 35.0, 1), (10.0, 20.0, 1)]
+)
+def test_the_demo_ends_with_its_verdict(tool, tmp_path, monkeypatch, capsys, perplexity, accuracy, code):
+    """Stages that do nothing; the summaries of two of them are there."""
     monkeypatch.setattr(subprocess, "Popen", lambda command: POPEN([sys.executable, "-c", ""]))
-    (tmp_path / "pretrain").mkdir()
     values = {"before": 100.0, "after": 10.0, "baseline": 60.0}
     summary = {f"perplexity/{term}/{when}": value for term in TERMS for when, value in values.items()}
-    (tmp_path / "pretrain" / "summary.json").write_text(json.dumps(summary | {"perplexity/texts/after": after}))
+    summaries = {
+        "pretrain": summary | {"perplexity/texts/after": perplexity},
+        "vqa": {"accuracy/after": accuracy, "accuracy/baseline": 35.0},
+    }
+    for name, values in summaries.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "summary.json").write_text(json.dumps(values))
     assert tool("demo", "--out", tmp_path) == code
     out = capsys.readouterr().out.splitlines()
-    assert len([line for line in out if line.endswith(" s")]) == 3
-    assert ("all four perplexities" in out[-1]) == (code == 0)
-    assert ("perplexity/texts 50 " in out[-1]) == (code == 1)
+    assert len([line for line in out if line.endswith(" s")]) == 5
+    [verdict] = [line for line in out if "perplexit" in line]
+    assert ("all four perplexities" in verdict) == (perplexity < 50)
+    assert ("perplexity/texts 50 " in verdict) == (perplexity == 50)
+    assert f"VQA accuracy {accuracy} %, with the most frequent answer of each question type 35.0 %" in out
+    assert out[-2].endswith("vqa/report.html") and out[-1].endswith("routing/routing.html")

@@ -73,7 +73,7 @@ def write_report(run_dir: str | Path, *, metric: str | None = None, higher_is_be
     curves = {key: series for key, series in log.train.items() if key not in skipped}
     pools = [_pool_chart(name, pool) for name, pool in log.pools.items()]
     cards, num_cards = read_gallery(run_dir)
-    page = _template().render(
+    page = template("report.html").render(
         run=run_dir.resolve().name,
         task=_section(config, "task").get("kind", ""),
         unreadable=log.unreadable,
@@ -263,7 +263,7 @@ def _records(path: Path) -> list[dict[str, Any]]:
 
 
 # ---------------------------------------------------------------------------------------------- page
-def _visible(value: object) -> object:
+def visible(value: object) -> object:
     """What the template prints: text with control characters (line ends aside) shown as ``\\x1b``, numbers in short."""
     if isinstance(value, float):
         return number(value)
@@ -272,13 +272,14 @@ def _visible(value: object) -> object:
     return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in value)
 
 
-def _template() -> jinja2.Template:
+def template(name: str) -> jinja2.Template:
+    """A page beside this module; whatever it prints is escaped, control characters shown."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,
-        finalize=_visible,
+        finalize=visible,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    return environment.get_template("report.html")
+    return environment.get_template(name)

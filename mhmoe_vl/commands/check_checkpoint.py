@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import argparse
 import json
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 from tqdm import tqdm
 
 from ..errors import CheckpointError, one_line
 from ..train import checkpoint
+from .findings import Finding, aligned
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -24,24 +25,24 @@ def run(arguments: argparse.Namespace) -> int:
     folders = [folder for path in arguments.runs for folder in _checkpoints(path)]
     problems = [problem for folder in tqdm(folders, unit="checkpoint", disable=None) for problem in check(folder)]
     if arguments.json:
-        print(json.dumps({"checkpoints": len(folders), "problems": problems}, ensure_ascii=False, indent=1))
+        report = {"checkpoints": len(folders), "problems": [asdict(problem) for problem in problems]}
+        print(json.dumps(report, ensure_ascii=False, indent=1))
     else:
-        print("\n".join([*_rows(problems), f"{len(folders)} checkpoints, {len(problems)} problems"]))
+        rows = [(one_line(p.file), one_line(p.place) or "-", p.reason, one_line(p.message)) for p in problems]
+        print("\n".join([*aligned(rows), f"{len(folders)} checkpoints, {len(problems)} problems"]))
     return 1 if problems else 0
 
 
-def check(folder: Path) -> list[dict[str, str]]:
-    """What is wrong with one checkpoint: file, tensor (empty where none can be named), reason and message."""
-    problems = [
-        {"file": str(file), "tensor": tensor, "reason": "checksum", "message": what}
-        for file, tensor, what in checkpoint.find_damage(folder)
-    ]
+def check(folder: Path) -> list[Finding]:
+    """What is wrong with one checkpoint, by file and tensor."""
+    found = checkpoint.find_damage(folder)
+    problems = [Finding(str(file), tensor, "checksum", what) for file, tensor, what in found]
     if problems:
         return problems
     try:
         checkpoint.read(folder)
     except CheckpointError as error:
-        return [{"file": str(folder), "tensor": "", "reason": "content", "message": one_line(error)}]
+        return [Finding(str(folder), "", "content", str(error))]
     return []
 
 
@@ -57,9 +58,3 @@ def _checkpoints(path: Path) -> list[Path]:
     if not found:
         raise CheckpointError(f"{path}: no checkpoint there (name a run folder or one of its checkpoints)")
     return found
-
-
-def _rows(problems: list[dict[str, Any]]) -> list[str]:
-    rows = [[one_line(problem[key]) or "-" for key in ("file", "tensor", "reason", "message")] for problem in problems]
-    widths = [max((len(row[column]) for row in rows), default=0) for column in range(3)]
-    return ["  ".join([*map(str.ljust, row, widths), row[3]]) for row in rows]

@@ -31,13 +31,11 @@ def run(arguments: argparse.Namespace) -> int:
     problems += coverage_problems([identifier for identifier, _ in rows], labels, "example")
     if not submission.accept(arguments, problems, len(labels)):
         return 2
-    unlabelled = [identifier for identifier, label in labels.items() if label is None]
-    if arguments.check and len(unlabelled) == len(labels):
+    if None in labels.values():  # then all are
+        if not arguments.check:
+            raise DataError(f"{arguments.annotations}: no labels in it (score against a split with labels)")
         print(f"{arguments.annotations}: no labels in it, so nothing to score")
         return 0
-    if unlabelled:
-        what = f"{len(unlabelled)} of {len(labels)} examples without label, first {unlabelled[0]}"
-        raise DataError(f"{arguments.annotations}: {what} (score against a split with labels)")
     scores = score_nlvr2(dict(rows), labels)
     sentences = len(set(map(sentence_key, labels)))
     print(f"accuracy     {scores['accuracy']:.6f}  of {len(labels)} examples")

@@ -44,7 +44,7 @@ def accept(arguments: argparse.Namespace, problems: Sequence[str], count: int) -
     if problems and not arguments.check:
         raise DataError(f"{arguments.predictions}: {'; '.join(problems)}")
     for problem in problems:
-        print(f"error: {one_line(f'{arguments.predictions}: {problem}')}", file=sys.stderr)
+        print(one_line(f"error: {arguments.predictions}: {problem}"), file=sys.stderr)
     if arguments.check and not problems:
         print(f"{arguments.predictions}: {count} predictions, one for each of the split")
     return not problems

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import os
 import random
-from collections.abc import Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..errors import DataError, one_line
-from .records import TEXT, leaf
+from .records import TEXT, Problem, leaf
 from .sample import IMAGE_EXTENSIONS, MAX_MEMBER_BYTES, BadSample
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Pictures = tuple[list[tuple[str, Path]], list[Problem]]
+"""Places in a file with the pictures that they need, there or not; and what is wrong with these as a set."""
 SOME_TEXT = leaf("a text that is not empty", lambda value: not TEXT(value) and bool(value.strip()))
 SHOWN = 3
 """How many missing pictures a message names."""
@@ -39,15 +44,36 @@ class Example:
         """An encoded picture; a :class:`BadSample` when it cannot be read."""
         path = self.pictures[number]
         try:
-            if path.stat().st_size > MAX_MEMBER_BYTES:
-                raise self.bad("image size", f"{path}: more than {MAX_MEMBER_BYTES} bytes")
-            return path.read_bytes()
+            return read_picture(path)
+        except BadSample as error:
+            raise self.bad(error.reason, str(error)) from error
         except OSError as error:
             raise self.bad("missing image", f"{path}: {error.strerror}") from error
 
+    def pixels(self, transform: Callable[..., Tensor], *arguments: Any, number: int = 0) -> Tensor:
+        """``transform(picture, *arguments)``; a :class:`BadSample` that names the picture when it is damaged."""
+        data = self.picture(number)
+        try:
+            return transform(data, *arguments)
+        except BadSample as error:
+            raise self.bad(error.reason, f"{self.pictures[number]}: {error}") from error
+
     def bad(self, reason: str, what: str) -> BadSample:
         """The error for this example, naming file and key."""
-        return BadSample(f"{self.source}: {self.key}: {what}", reason=reason, shard=self.source, member=self.key)
+        message = f"{self.source}: {self.key}: {what} (mend the picture; check-data lists all)"
+        return BadSample(message, reason=reason, shard=self.source, member=self.key)
+
+
+def read_picture(path: str | Path) -> bytes:
+    """An encoded picture; OSError when it cannot be read.
+
+    Raises:
+        BadSample: it is larger than any picture should be.
+    """
+    path = Path(path)
+    if path.stat().st_size > MAX_MEMBER_BYTES:
+        raise BadSample(f"{path}: more than {MAX_MEMBER_BYTES} bytes", reason="image size")
+    return path.read_bytes()
 
 
 class PictureFolders:
@@ -65,7 +91,7 @@ class PictureFolders:
             raise DataError("no folder of pictures (name at least one)")
         self.first, self._places = Path(folders[0]), {}
         for folder in folders:
-            found = list(_pictures_in(Path(folder)))
+            found = list(pictures_in(Path(folder)))
             if not found:
                 raise DataError(f"{folder}: no picture in it (name a folder of pictures)")
             for path in found:
@@ -94,8 +120,12 @@ class PictureFolders:
         return found
 
 
-def _pictures_in(folder: Path) -> Iterator[Path]:
-    """The pictures of a folder, then those of the folders right below it; nothing hidden."""
+def pictures_in(folder: Path) -> Iterator[Path]:
+    """The pictures of a folder and of the folders right below it, in no order; nothing hidden.
+
+    Raises:
+        DataError: a folder cannot be read.
+    """
     try:
         entries = [entry for entry in os.scandir(folder) if not entry.name.startswith(".")]
         inside = sorted(entry.path for entry in entries if entry.is_dir())

@@ -8,19 +8,21 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
 from ..errors import DataError
-from .annotated import SOME_TEXT, Example, PictureFolders
+from .annotated import SOME_TEXT, Example, PictureFolders, Pictures
 from .records import (
+    ANYTHING,
     TEXT,
     WHOLE,
     BadRecords,
     Check,
     Problem,
     check,
+    every,
     fields,
     items,
     leaf,
@@ -28,6 +30,7 @@ from .records import (
     read_json,
     read_text,
     show,
+    sound,
 )
 from .sample import split_name
 
@@ -62,12 +65,16 @@ def read_captions(path: Path, folders: PictureFolders) -> list[Example]:
             or two ids have one picture.
     """
     found = [Example(str(record.image_id), record, (folders.find(*names),), str(path)) for record, names in _read(path)]
-    first: dict[Path, str] = {}
-    twice = [e for e in found if first.setdefault(e.pictures[0], e.key) != e.key]
-    if twice:
-        names = [f"images {first[e.pictures[0]]} and {e.key} have one picture, {e.pictures[0].name}" for e in twice]
-        raise BadRecords(path, [("", name) for name in names])
+    if problems := shared_pictures([(f"image {example.key}", example.pictures[0]) for example in found]):
+        raise BadRecords(path, problems)
     return found
+
+
+def shared_pictures(pictures: Iterable[tuple[str, Path]]) -> list[Problem]:
+    """The images, by their place, that have the picture of an earlier one."""
+    first: dict[Path, str] = {}
+    found = [(place, path) for place, path in pictures if first.setdefault(path, place) != place]
+    return [(place, f"has the picture of {first[path]}, {path.name}") for place, path in found]
 
 
 def read_references(path: Path) -> dict[int, list[str]]:
@@ -84,10 +91,33 @@ def _read(path: Path) -> list[Pictured]:
     if not text.lstrip().startswith(("{", "[")):
         return _flickr8k(path, text)
     value = read_json(path)
-    return _karpathy(path, value) if _is_karpathy(value) else _coco(path, value)
+    return _karpathy(path, value) if is_karpathy(value) else _coco(path, value)
 
 
 # ------------------------------------------------------------------------------------------------ COCO
+IMAGE = fields({"id": WHOLE}, {"file_name": FILE_NAME})
+
+
+def coco_file(caption: Check = SOME_TEXT) -> Check:
+    """Images, and captions that are about them; splits without captions leave ``annotations`` out."""
+    annotations = items(fields({"id": WHOLE, "image_id": WHOLE, "caption": caption}), unique="id")
+    images = items(IMAGE, unique="id", least=1)
+    return every(fields({"images": images}, {"annotations": annotations}), _unknown_images)
+
+
+def _unknown_images(value: Any) -> list[Problem]:
+    known = {image["id"] for _, image in sound(value, "images", fields({"id": WHOLE}))}
+    about = [(place, a["image_id"]) for place, a in sound(value, "annotations", fields({"image_id": WHOLE}))]
+    return [(f"{place}.image_id", f"{image} is not in images") for place, image in about if image not in known]
+
+
+def coco_pictures(value: Any, folders: PictureFolders) -> Pictures:
+    """Place and picture of every image, but of those with a wrong id or name."""
+    images = sound(value, "images", IMAGE)
+    found = [(place, folders.find(*_names(image.get("file_name"), image["id"]))) for place, image in images]
+    return found, shared_pictures(found)
+
+
 def _coco(path: Path, value: Any) -> list[Pictured]:
     captions = _coco_captions(path, value, SOME_TEXT)
     found = []
@@ -98,19 +128,10 @@ def _coco(path: Path, value: Any) -> list[Pictured]:
 
 
 def _coco_captions(path: Path, value: Any, caption: Check) -> dict[int, list[str]]:
-    annotations = items(fields({"id": WHOLE, "image_id": WHOLE, "caption": caption}), unique="id")
-    images = items(fields({"id": WHOLE}, {"file_name": FILE_NAME}), unique="id")
-    check(path, value, fields({"images": images}, {"annotations": annotations}))
+    check(path, value, coco_file(caption))
     found: dict[int, list[str]] = {image["id"]: [] for image in value["images"]}
-    _require_images(path, found)
-    unknown = []
-    for number, annotation in enumerate(value.get("annotations", [])):
-        if annotation["image_id"] in found:
-            found[annotation["image_id"]].append(annotation["caption"])
-        else:
-            unknown.append((f"annotations[{number}].image_id", f"{annotation['image_id']} is not in images"))
-    if unknown:
-        raise BadRecords(path, unknown)
+    for annotation in value.get("annotations", []):
+        found[annotation["image_id"]].append(annotation["caption"])
     return found
 
 
@@ -124,21 +145,38 @@ def _names(file_name: str | None, coco_id: int | None) -> list[str]:
 
 
 # -------------------------------------------------------------------------------------------- Karpathy
-def _is_karpathy(value: Any) -> bool:
-    images = value.get("images") if isinstance(value, dict) else None
-    return isinstance(images, list) and any(isinstance(image, dict) and "sentences" in image for image in images)
+def is_karpathy(value: Any) -> bool:
+    """Whether any image has sentences of its own."""
+    return any(True for _ in sound(value, "images", fields({"sentences": ANYTHING})))
 
 
-def _karpathy(path: Path, value: Any) -> list[Pictured]:
-    identity = "cocoid" if any("cocoid" in image for image in value["images"] if isinstance(image, dict)) else "imgid"
+def karpathy_file(value: Any) -> Sequence[Problem]:
+    """What is wrong with a file of images with their sentences."""
+    identity = _identity(value)
     image = {
         identity: WHOLE,
         "filename": FILE_NAME,
         "split": one_of("train", "restval", "val", "test"),
         "sentences": items(fields({"raw": SOME_TEXT})),
     }
-    check(path, value, fields({"images": items(fields(image), unique=identity)}))
-    found = []
+    return fields({"images": items(fields(image), unique=identity, least=1)})(value)
+
+
+def karpathy_pictures(value: Any, folders: PictureFolders) -> Pictures:
+    """Place and picture of every image, but of those with a wrong name or COCO id."""
+    images = sound(value, "images", fields({"filename": FILE_NAME}, {"cocoid": WHOLE}))
+    found = [(place, folders.find(*_names(image["filename"], image.get("cocoid")))) for place, image in images]
+    return found, shared_pictures(found)
+
+
+def _identity(value: Any) -> str:
+    """The key of an image's id: those of Flickr8k and Flickr30k have none of COCO's."""
+    return "cocoid" if any(True for _ in sound(value, "images", fields({"cocoid": ANYTHING}))) else "imgid"
+
+
+def _karpathy(path: Path, value: Any) -> list[Pictured]:
+    check(path, value, karpathy_file)
+    identity, found = _identity(value), []
     for entry in value["images"]:
         captions = tuple(sentence["raw"] for sentence in entry["sentences"])
         record = Captioned(entry[identity], captions, entry["split"].replace("restval", "train"))
@@ -148,21 +186,33 @@ def _karpathy(path: Path, value: Any) -> list[Pictured]:
 
 # -------------------------------------------------------------------------------------------- Flickr8k
 def _flickr8k(path: Path, text: str) -> list[Pictured]:
-    captions: dict[str, list[str]] = {}
-    problems: list[Problem] = []
-    for line, row in _rows(path, text):
-        wrong = _row_problems(row)
-        problems += [(f"line {line}", what) for what in wrong]
-        if not wrong:
-            captions.setdefault(row[0].strip(), []).append(row[1])
-    if problems:
+    rows = dict(read_rows(path, text))
+    if problems := flickr8k_problems(rows):
         raise BadRecords(path, problems)
-    _require_images(path, captions)
+    captions: dict[str, list[str]] = {}
+    for image, caption in rows.values():
+        captions.setdefault(image.strip(), []).append(caption)
     return [(Captioned(i, tuple(texts), None), [name]) for i, (name, texts) in enumerate(captions.items())]
 
 
-def _rows(path: Path, text: str) -> Iterator[tuple[int, list[str]]]:
-    """The rows below the head, each with the number of its first line; blank ones are passed over."""
+def flickr8k_problems(rows: Mapping[int, list[str]]) -> list[Problem]:
+    """What is wrong with rows by the numbers of their lines."""
+    if not rows:
+        return [("", "need at least 1 caption, got none")]
+    return [(f"line {line}", what) for line, row in rows.items() for what in _row_problems(row)]
+
+
+def flickr8k_pictures(rows: Mapping[int, list[str]], folders: PictureFolders) -> Pictures:
+    """Line and picture of every row that is as it should be."""
+    return [(f"line {line}", folders.find(row[0].strip())) for line, row in rows.items() if not _row_problems(row)], []
+
+
+def read_rows(path: Path, text: str) -> Iterator[tuple[int, list[str]]]:
+    """The rows below the head, each with the number of its first line; blank ones are passed over.
+
+    Raises:
+        DataError: the head is another one, or quotes do not close.
+    """
     reader = csv.reader(io.StringIO(text, newline=""), strict=True)
     above = 0
     try:
@@ -184,8 +234,3 @@ def _row_problems(row: list[str]) -> list[str]:
     return [f"image: {what}" for _, what in FILE_NAME(image.strip())] + [
         f"caption: {what}" for _, what in SOME_TEXT(caption)
     ]
-
-
-def _require_images(path: Path, images: Collection[Any]) -> None:
-    if not images:
-        raise DataError(f"{path}: images: none (name the captions of a whole split)")

@@ -11,9 +11,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..errors import DataError
-from .annotated import SOME_TEXT, Example, PictureFolders
-from .records import BadRecords, Check, Problem, check_lines, fields, leaf, read_json_lines, show
+from .annotated import SOME_TEXT, Example, PictureFolders, Pictures
+from .records import BadRecords, Check, Problem, fields, leaf, line_problems, read_json_lines, show
 
 _PAIR = re.compile(r"(\w+-\d+-\d+)-\d+")
 _DRAWN = re.compile(r"\d+-\d+")
@@ -37,6 +36,8 @@ IDENTIFIER = leaf(
     lambda value: isinstance(value, str) and bool(_PAIR.fullmatch(value) or _DRAWN.fullmatch(value)),
 )
 LABEL = leaf("True or False", lambda value: truth_value(value) is not None)
+READ = {"sentence": SOME_TEXT}
+"""What the task needs of an example beside its identifier."""
 
 
 def read_labels(path: Path) -> dict[str, bool | None]:
@@ -58,12 +59,10 @@ def read_statements(path: Path, folders: PictureFolders) -> list[Example]:
         DataError: the file is not an official one, only some examples have labels, or the two pictures of a pair are
             one file or exchanged.
     """
-    lines = _read_lines(path, {"sentence": SOME_TEXT})
-    bare = [line["identifier"] for line in lines if "label" not in line]
-    if 0 < len(bare) < len(lines):
-        what = f"{len(bare)} of {len(lines)} examples without label, first {bare[0]}"
-        raise DataError(f"{path}: {what} (label all of them, or none)")
-    pictures = _pictures(path, [line["identifier"] for line in lines], folders)
+    lines = _read_lines(path, READ)
+    pictures, problems = _pictures({number: line["identifier"] for number, line in enumerate(lines, 1)}, folders)
+    if problems:
+        raise BadRecords(path, problems)
     found = []
     for line in lines:
         record = Statement(line["identifier"], line["sentence"], truth_value(line.get("label")))
@@ -74,13 +73,40 @@ def read_statements(path: Path, folders: PictureFolders) -> list[Example]:
 def _read_lines(path: Path, more: Mapping[str, Check]) -> list[dict[str, Any]]:
     """The examples of a file, each with its identifier and ``more``."""
     lines = read_json_lines(path)
-    check_lines(path, lines, fields({"identifier": IDENTIFIER, **more}, {"label": LABEL}), unique="identifier")
-    paired = [_PAIR.fullmatch(line["identifier"]) is not None for line in lines]
-    if len(set(paired)) > 1:
-        number = paired.index(not paired[0])
-        names = f"{show(lines[number]['identifier'])} beside {show(lines[0]['identifier'])}"
-        raise DataError(f"{path}: line {number + 1}: identifier: {names} (keep NLVR and NLVR2 in files of their own)")
+    if problems := find_problems(dict(enumerate(lines, 1)), more):
+        raise BadRecords(path, problems)
     return lines
+
+
+def find_problems(lines: Mapping[int, Any], more: Mapping[str, Check] = READ) -> list[Problem]:
+    """What is wrong with examples by the numbers of their lines; each should have an identifier and ``more``."""
+    found = line_problems(lines, fields({"identifier": IDENTIFIER, **more}, {"label": LABEL}), unique="identifier")
+    named = _identifiers(lines)
+    paired = {number: _PAIR.fullmatch(identifier) is not None for number, identifier in named.items()}
+    if len(set(paired.values())) > 1:
+        first = next(iter(paired))
+        other = next(number for number in paired if paired[number] != paired[first])
+        what = f"{show(named[other])} beside {show(named[first])}: keep NLVR and NLVR2 in files of their own"
+        found.append((f"line {other}: identifier", what))
+    bare = [number for number in named if "label" not in lines[number]]
+    if 0 < len(bare) < len(named):
+        what = f"{len(bare)} of {len(named)} examples without label: label all of them, or none"
+        found.append((f"line {bare[0]}", what))
+    return found
+
+
+def statement_pictures(lines: Mapping[int, Any], folders: PictureFolders) -> Pictures:
+    """Place and file of every picture of the examples in these lines, and pairs that are one file or exchanged."""
+    named = _identifiers(lines)
+    pictures, problems = _pictures(named, folders)
+    found = [(f"line {number}", path) for number, name in named.items() for path in pictures[_stem(name)]]
+    return found, problems
+
+
+def _identifiers(lines: Mapping[int, Any]) -> dict[int, str]:
+    """The identifiers of the lines that have one."""
+    has_one = fields({"identifier": IDENTIFIER})
+    return {number: line["identifier"] for number, line in lines.items() if not has_one(line)}
 
 
 def _stem(identifier: str) -> str:
@@ -89,11 +115,13 @@ def _stem(identifier: str) -> str:
     return pair[1] if pair else identifier
 
 
-def _pictures(path: Path, identifiers: list[str], folders: PictureFolders) -> dict[str, tuple[Path, ...]]:
-    """The pictures by stem, each pair looked at once."""
+def _pictures(
+    identifiers: Mapping[int, str], folders: PictureFolders
+) -> tuple[dict[str, tuple[Path, ...]], list[Problem]]:
+    """The pictures by stem, each pair looked at once, and what is wrong with pairs."""
     found: dict[str, tuple[Path, ...]] = {}
     problems: list[Problem] = []
-    for number, identifier in enumerate(identifiers, 1):
+    for number, identifier in identifiers.items():
         stem = _stem(identifier)
         if stem in found:
             continue
@@ -102,9 +130,7 @@ def _pictures(path: Path, identifiers: list[str], folders: PictureFolders) -> di
         else:
             left, right = found[stem] = folders.find(f"{stem}-img0.png"), folders.find(f"{stem}-img1.png")
             problems += [(f"line {number}", what) for what in _pair_problems(left, right)]
-    if problems:
-        raise BadRecords(path, problems)
-    return found
+    return found, problems
 
 
 def _pair_problems(left: Path, right: Path) -> list[str]:

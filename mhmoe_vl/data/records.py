@@ -16,7 +16,7 @@ import json
 import math
 import re
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -26,6 +26,9 @@ MAX_BYTES = 4 * 2**30
 """Most bytes that an annotation file may have once unpacked."""
 SHOWN = 3
 """How many problems an error's one line names; the others are counted."""
+
+MISSING, NEED, TWICE = "missing", "need ", "stands already at"
+"""Words by which :func:`reason` knows a problem."""
 
 _MAX_DEPTH = 100
 _GZIP = b"\x1f\x8b"
@@ -65,7 +68,7 @@ def read_json(path: str | Path) -> Any:
         DataError: it is missing, cut, too large, not UTF-8, not JSON, or holds a key twice or a number that is not
             finite; the message names line and byte.
     """
-    return _parse(read_text(path), path)
+    return parse_json(read_text(path), path)
 
 
 def read_json_lines(path: str | Path) -> list[Any]:
@@ -74,8 +77,12 @@ def read_json_lines(path: str | Path) -> list[Any]:
     Raises:
         DataError: as for :func:`read_json`, or a line is blank.
     """
-    lines = read_text(path).removesuffix("\n").split("\n")
-    return [_parse(line, path, number) for number, line in enumerate(lines, 1)]
+    return [parse_json(line, path, number) for number, line in split_lines(read_text(path)).items()]
+
+
+def split_lines(text: str) -> dict[int, str]:
+    """The lines of a text by their numbers; only line feeds end one."""
+    return dict(enumerate(text.removesuffix("\n").split("\n"), 1))
 
 
 def read_text(path: str | Path) -> str:
@@ -133,8 +140,12 @@ def _finite(text: str) -> float:
     return number
 
 
-def _parse(text: str, path: str | Path, line: int = 1) -> Any:
-    """The value of ``text``, which starts in the given line of the file."""
+def parse_json(text: str, path: str | Path, line: int = 1) -> Any:
+    """The value of ``text``, which starts in the given line of the file.
+
+    Raises:
+        DataError: as for :func:`read_json`.
+    """
     try:
         return json.loads(text, object_pairs_hook=_object, parse_float=_finite, parse_constant=_finite)
     except json.JSONDecodeError as error:
@@ -198,22 +209,29 @@ def check_lines(path: str | Path, values: Sequence[Any], wanted: Check, *, uniqu
     Raises:
         BadRecords: as for :func:`check`.
     """
-    found = [(f"line {line}", place, what) for line, value in enumerate(values, 1) for place, what in wanted(value)]
+    if problems := line_problems(dict(enumerate(values, 1)), wanted, unique=unique):
+        raise BadRecords(path, problems)
+
+
+def line_problems(values: Mapping[int, Any], wanted: Check, *, unique: str | None = None) -> list[Problem]:
+    """What is wrong with values that stand in these lines."""
+    found = [(f"line {line}", place, what) for line, value in values.items() for place, what in wanted(value)]
     problems = [(": ".join(filter(None, [line, place])), what) for line, place, what in found]
     if unique:
-        problems += _repeated(values, unique, lambda index: f"line {index + 1}", ": ")
-    if problems:
-        raise BadRecords(path, problems)
+        lines = [f"line {line}" for line in values]
+        problems += _repeated(list(values.values()), unique, lines.__getitem__, ": ")
+    return problems
 
 
 def leaf(need: str, fits: Callable[[Any], bool]) -> Check:
     """A check of one value by a predicate; ``need`` completes "need ..., got ..."."""
-    return lambda value: () if fits(value) else [("", f"need {need}, got {show(value)}")]
+    return lambda value: () if fits(value) else [("", f"{NEED}{need}, got {show(value)}")]
 
 
 WHOLE = leaf("a whole number", lambda value: type(value) is int and -(2**63) <= value < 2**63)
 NUMBER = leaf("a number", lambda value: _is_number(value))
 TEXT = leaf("a text", lambda value: isinstance(value, str) and _is_unicode(value))
+ANYTHING = leaf("anything", lambda value: True)
 BOOLEAN = leaf("true or false", lambda value: isinstance(value, bool))
 
 
@@ -238,7 +256,7 @@ def fields(required: Mapping[str, Check], optional: Mapping[str, Check] | None =
     def find(value: Any) -> Sequence[Problem]:
         if problems := is_object(value):
             return problems
-        found = [(key, "missing") for key in required if key not in value]
+        found = [(key, MISSING) for key in required if key not in value]
         for key, wanted in [*required.items(), *(optional or {}).items()]:
             if key in value and (inner := wanted(value[key])):
                 found += [(_join(key, place), what) for place, what in inner]
@@ -247,17 +265,33 @@ def fields(required: Mapping[str, Check], optional: Mapping[str, Check] | None =
     return find
 
 
-def items(wanted: Check, *, unique: str | None = None) -> Check:
-    """A list of fitting values; with ``unique``, of objects that all differ in the value under this key."""
+def items(wanted: Check, *, unique: str | None = None, least: int = 0) -> Check:
+    """A list of ``least`` or more fitting values; with ``unique``, of objects that all differ in the value under this
+    key."""
     is_list = leaf("a list", lambda value: isinstance(value, list))
 
     def find(value: Any) -> Sequence[Problem]:
         if problems := is_list(value):
             return problems
+        if len(value) < least:
+            return [("", f"{NEED}at least {least}, got {len(value) or 'none'}")]
         found = [(_join(f"[{index}]", place), what) for index, item in enumerate(value) for place, what in wanted(item)]
         return [*found, *_repeated(value, unique, lambda index: f"[{index}]", ".")] if unique else found
 
     return find
+
+
+def every(*wanted: Check) -> Check:
+    """All that any of these checks finds."""
+    return lambda value: [problem for check in wanted for problem in check(value)]
+
+
+def sound(value: Any, key: str, wanted: Check) -> Iterator[tuple[str, Any]]:
+    """Place and value of those in the list under ``key`` that are as described; none where there is no such list."""
+    entries = value.get(key) if isinstance(value, dict) else None
+    for index, entry in enumerate(entries if isinstance(entries, list) else ()):
+        if not wanted(entry):
+            yield f"{key}[{index}]", entry
 
 
 def _repeated(values: Sequence[Any], key: str, place: Callable[[int], str], separator: str) -> list[Problem]:
@@ -267,8 +301,18 @@ def _repeated(values: Sequence[Any], key: str, place: Callable[[int], str], sepa
     for index, entry in enumerate(values):
         value = entry.get(key) if isinstance(entry, dict) else None
         if isinstance(value, (str, int)) and first.setdefault(value, index) != index:
-            found.append((f"{place(index)}{separator}{key}", f"{show(value)} stands already at {place(first[value])}"))
+            found.append((f"{place(index)}{separator}{key}", f"{show(value)} {TWICE} {place(first[value])}"))
     return found
+
+
+def reason(problem: Problem) -> str:
+    """A problem in short words to count by."""
+    what = problem[1]
+    if what == MISSING:
+        return "missing key"
+    if what.startswith(NEED):
+        return "wrong value"
+    return "duplicate" if TWICE in what else "does not fit"
 
 
 def _join(outer: str, inner: str) -> str:

@@ -101,6 +101,21 @@ class Sample:
         except (ValueError, RecursionError) as error:
             raise self.bad("json", f"member json is not JSON: {error}") from error
 
+    def captions(self) -> list[str]:
+        """The sample's texts: ``captions`` of its json when it has them, else its txt.
+
+        Raises:
+            BadSample: there is none, or all are empty.
+        """
+        described = self.json() if "json" in self.members else {}
+        listed = described.get("captions") if isinstance(described, dict) else None
+        if not isinstance(listed, list):
+            return [self.text()]
+        texts = [text.strip() for text in listed if isinstance(text, str) and text.strip()]
+        if not texts:
+            raise self.bad("empty text", "captions in member json are empty")
+        return texts
+
     def bad(self, reason: str, what: str) -> BadSample:
         """The error for this sample, naming shard and key."""
         return BadSample(f"{self.shard}:{self.key}: {what}", reason=reason, shard=self.shard, member=self.key)

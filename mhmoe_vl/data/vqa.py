@@ -9,18 +9,34 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..errors import DataError
-from .annotated import SOME_TEXT, Example, PictureFolders
-from .records import TEXT, WHOLE, BadRecords, Check, check, fields, items, leaf, read_json
+from .annotated import SOME_TEXT, Example, PictureFolders, Pictures
+from .records import TEXT, WHOLE, Check, check, fields, items, leaf, read_json, sound
 
 ANNOTATION: Mapping[str, Check] = {
     "question_id": WHOLE,
     "question_type": TEXT,
     "answer_type": TEXT,
-    "answers": items(fields({"answer": TEXT})),
+    "answers": items(fields({"answer": TEXT}), least=1),
 }
+"""What scoring needs."""
+LEARNT = {"image_id": WHOLE, "multiple_choice_answer": TEXT}
+"""What training needs too."""
+ASKED = {"image_id": WHOLE, "question": SOME_TEXT}
 SUBTYPE = leaf(
     "a name such as train2014", lambda value: isinstance(value, str) and bool(re.fullmatch(r"[\w-]+", value, re.ASCII))
 )
+
+
+def annotations_file(more: Mapping[str, Check] = LEARNT) -> Check:
+    """Annotations, each with the fields that scoring needs and ``more``."""
+    entries = items(fields({**ANNOTATION, **more}), unique="question_id", least=1)
+    return fields({"annotations": entries})
+
+
+def questions_file(more: Mapping[str, Check] = ASKED) -> Check:
+    """Questions, each with its id and ``more``."""
+    entries = items(fields({"question_id": WHOLE, **more}), unique="question_id", least=1)
+    return fields({"questions": entries}, {"data_subtype": SUBTYPE})
 
 
 class Question(NamedTuple):
@@ -46,14 +62,8 @@ def read_annotations(path: Path, more: Mapping[str, Check] | None = None) -> lis
         DataError: it is not one, a question stands twice or has no answer, or there are no questions.
     """
     value = read_json(path)
-    check(path, value, fields({"annotations": items(fields({**ANNOTATION, **(more or {})}), unique="question_id")}))
-    annotations = value["annotations"]
-    if not annotations:
-        raise DataError(f"{path}: annotations: none (give the annotations of a split)")
-    bare = [number for number, annotation in enumerate(annotations) if not annotation["answers"]]
-    if bare:
-        raise BadRecords(path, [(f"annotations[{number}].answers", "need at least 1, got none") for number in bare])
-    return annotations
+    check(path, value, annotations_file(more or {}))
+    return value["annotations"]
 
 
 def read_question_ids(path: Path) -> list[int]:
@@ -94,7 +104,7 @@ def read_questions(questions: Path, annotations: Path | None, folders: PictureFo
     Raises:
         DataError: a file is not an official one, or the two are not about the same questions and pictures.
     """
-    value = _read_entries(questions, {"image_id": WHOLE, "question": SOME_TEXT})
+    value = _read_entries(questions, ASKED)
     entries = value["questions"]
     answered = {} if annotations is None else _answered(questions, entries, annotations)
     places = _pictures({entry["image_id"] for entry in entries}, value.get("data_subtype", ""), folders)
@@ -108,16 +118,27 @@ def read_questions(questions: Path, annotations: Path | None, folders: PictureFo
 def _read_entries(path: Path, more: Mapping[str, Check]) -> dict[str, Any]:
     """A file of questions, each of them with its id and ``more``."""
     value = read_json(path)
-    entries = items(fields({"question_id": WHOLE, **more}), unique="question_id")
-    check(path, value, fields({"questions": entries}, {"data_subtype": SUBTYPE}))
-    if not value["questions"]:
-        raise DataError(f"{path}: questions: none (give the questions of a split)")
+    check(path, value, questions_file(more))
     return value
+
+
+def question_pictures(value: Any, folders: PictureFolders) -> Pictures:
+    """Place and picture of every question in a file of them, but of those without an ``image_id``."""
+    asked = [(place, entry["image_id"]) for place, entry in sound(value, "questions", fields({"image_id": WHOLE}))]
+    subtype = value.get("data_subtype", "") if isinstance(value, dict) else ""
+    places = _pictures({image_id for _, image_id in asked}, "" if SUBTYPE(subtype) else subtype, folders)
+    return [(place, places[image_id][0]) for place, image_id in asked], []
+
+
+def image_ids(value: Any, key: str) -> dict[int, int]:
+    """The image of every question in a file of questions or annotations (``key``), by question id."""
+    entries = sound(value, key, fields({"question_id": WHOLE, "image_id": WHOLE}))
+    return {entry["question_id"]: entry["image_id"] for _, entry in entries}
 
 
 def _answered(questions: Path, entries: list[dict[str, Any]], path: Path) -> dict[int, dict[str, Any]]:
     """The annotations of these questions, by question id."""
-    annotations = read_annotations(path, {"image_id": WHOLE, "multiple_choice_answer": TEXT})
+    annotations = read_annotations(path, LEARNT)
     answered = {annotation["question_id"]: annotation for annotation in annotations}
     asked = {entry["question_id"]: entry["image_id"] for entry in entries}
     require_same_questions(questions, asked, path, answered)

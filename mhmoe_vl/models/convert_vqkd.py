@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import pickletools
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from ..errors import CheckpointError, one_line
+
+MAX_PICKLE_BYTES = 8 * 2**20
+"""Most bytes of the part that names the tensors of a ``torch.save`` file."""
 
 # ours -> published
 _PREFIXES = {
@@ -44,7 +48,7 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
-        _refuse_packed(path)
+        _refuse_bombs(path)
         with torch.serialization.safe_globals([argparse.Namespace]):  # released files carry their arguments
             loaded = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # there is no common base of what a damaged file makes the two readers raise
@@ -61,12 +65,28 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     return weights
 
 
-def _refuse_packed(path: Path) -> None:
-    """Compressed members, which torch.save never writes, could unpack to any size."""
-    if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:
-            if any(member.compress_type != zipfile.ZIP_STORED for member in archive.infolist()):
-                raise CheckpointError("compressed members")
+def _refuse_bombs(path: Path) -> None:
+    """Refuse what could take any memory: compressed members, which torch.save never writes, and calls that fill some."""
+    if not zipfile.is_zipfile(path):
+        raise CheckpointError("not as torch.save writes since version 1.6 (save it again)")
+    with zipfile.ZipFile(path) as archive:
+        members = archive.infolist()
+        if any(member.compress_type != zipfile.ZIP_STORED for member in members):
+            raise CheckpointError("compressed members")
+        for member in members:
+            if member.filename.endswith("data.pkl"):
+                if member.file_size > MAX_PICKLE_BYTES:
+                    raise CheckpointError(f"data.pkl of {member.file_size} bytes")
+                _refuse_filling(archive.read(member))
+
+
+def _refuse_filling(stream: bytes) -> None:
+    """``bytearray`` and ``encode`` pass torch's own list of harmless names, and make gigabytes of one number."""
+    strings: list[str] = []
+    for _, value, _ in pickletools.genops(stream):
+        strings += str(value).split() if isinstance(value, str) else []
+    if found := {"bytearray", "encode"} & set(strings):
+        raise CheckpointError(f"calls {sorted(found)[0]}")
 
 
 def from_published(weights: dict[str, Tensor], source: str | Path) -> dict[str, Tensor]:

@@ -9,6 +9,7 @@ import difflib
 import fnmatch
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +18,15 @@ import torch
 from torch import Tensor
 
 from .. import parity as parity_rules
+from ..checks import check_format
 from ..config import EncoderConfig, ParityConfig, RunConfig, load, merge, validate
-from ..errors import CheckpointError, ConfigError
+from ..errors import CheckpointError, ConfigError, one_line
 from ..nn.embed import resize_positions
 from .classifier import ImageClassifier
 from .convert import OURS, PUBLISHED, from_published
 from .convert_vqkd import read_weights
 from .encoder import Encoder
+from .heads import ClassList
 
 # embed_dim, depth, num_heads, hidden_dim, patch_size
 _SIZES = {
@@ -156,6 +159,7 @@ __all__ = [
     "load_head_weights",
     "load_pretrained",
     "model_config",
+    "saved_run",
 ]
 for _name in _MODELS:
     if not timm.is_model(_name):
@@ -167,23 +171,31 @@ def load_pretrained(run_folder: str | Path, **overrides: Any) -> Encoder:
     """The encoder that a run trained.
 
     Args:
-        run_folder: a run folder (its best checkpoint, else its last one) or one of its checkpoints. Where a moving
-            average of the weights was kept, it is taken.
+        run_folder: a run folder (its best checkpoint, else its last one), one of its checkpoints, or a folder written
+            by ``save_pretrained``. Where a moving average of the weights was kept, it is taken.
         overrides: fields of :class:`~mhmoe_vl.config.EncoderConfig` to change, such as ``img_size``.
 
     Raises:
-        CheckpointError: a file is missing, or weights do not fit (the first five, with both shapes).
+        CheckpointError: a file is missing or from a later version, or weights do not fit (the first five, with both
+            shapes).
     """
-    config_file = _config_file(Path(run_folder))
-    if config_file is None:
-        raise CheckpointError(f"{run_folder}: config.yaml is missing (name a run folder or a checkpoint in one)")
-    run = load(RunConfig, [config_file])
-    if run.encoder is None:
+    config_file, run = _config_file(Path(run_folder)), saved_run(run_folder)
+    if run is None:
+        config_file = Path(run_folder) / "config.json"
+        values, parity = _saved_encoder(config_file), None
+    elif run.encoder is None:
         raise CheckpointError(f"{config_file}: encoder is not set (name a run that trained an encoder)")
-    config = validate(EncoderConfig, merge(run.encoder.model_dump(), overrides), str(config_file))
-    encoder = build_encoder(config, run.parity)
+    else:
+        values, parity = run.encoder.model_dump(), run.parity
+    encoder = build_encoder(validate(EncoderConfig, merge(values, overrides), str(config_file)), parity)
     load_encoder_weights(encoder, run_folder)
     return encoder
+
+
+def saved_run(folder: str | Path) -> RunConfig | None:
+    """The configuration of the run that ``folder`` is or is a checkpoint of; none for another folder."""
+    file = _config_file(Path(folder))
+    return None if file is None else load(RunConfig, [file])
 
 
 def load_encoder_weights(encoder: Encoder, source: str | Path) -> None:
@@ -217,14 +229,16 @@ def load_encoder_weights(encoder: Encoder, source: str | Path) -> None:
     encoder.load_state_dict(weights)
 
 
-def load_head_weights(model: torch.nn.Module, source: str | Path) -> list[str]:
+def load_head_weights(model: torch.nn.Module, source: str | Path, say: Callable[[str], None] = print) -> list[str]:
     """Fill what stands outside ``model.encoder`` from saved weights, where name and shape are the same.
 
-    So captioning goes on with the text head of pre-training; a head that the file does not have keeps its start.
+    So captioning goes on with the text head of pre-training; a head that the file does not have keeps its start, and so
+    does a layer whose outputs are another list of classes in the file.
 
     Args:
         model: has its encoder under the name ``encoder``.
         source: as for :func:`load_encoder_weights`.
+        say: told, in a line, of a layer that is left out for its classes.
 
     Returns:
         Names of the weights taken.
@@ -234,6 +248,11 @@ def load_head_weights(model: torch.nn.Module, source: str | Path) -> list[str]:
     """
     file = _weights_file(Path(source))
     saved = read_weights(file)
+    for name, classes in model.named_modules():
+        if isinstance(classes, ClassList) and classes.differs(saved.get(f"{name}.sha256")):
+            say(f"{file}: trained for another list of classes, so {classes.layer} starts anew")
+            left_out = (f"{name}.", f"{classes.layer}.")
+            saved = {key: value for key, value in saved.items() if not key.startswith(left_out)}
     taken = {
         name: saved[name]
         for name, value in model.state_dict().items()
@@ -241,6 +260,21 @@ def load_head_weights(model: torch.nn.Module, source: str | Path) -> list[str]:
     }
     model.load_state_dict(taken, strict=False)
     return sorted(taken)
+
+
+def _saved_encoder(file: Path) -> dict[str, Any]:
+    """The constructor arguments that ``save_pretrained`` wrote."""
+    if not file.is_file():
+        raise CheckpointError(f"{file.parent}: config.yaml is missing (name a run folder or a checkpoint in one)")
+    try:
+        values = json.loads(file.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(
+            f"{file}: not readable as JSON: {one_line(error, 120)} (save the encoder again)"
+        ) from error
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{file}: holds no mapping (save the encoder again)")
+    return values
 
 
 def _config_file(folder: Path) -> Path | None:
@@ -255,17 +289,28 @@ def _weights_file(source: Path) -> Path:
     folders = [source, *(source / "checkpoints" / name for name in ("best", "last"))]
     for place in (folder / name for folder in folders for name in _WEIGHTS):
         if place.is_file():
+            _refuse_later_format(place.with_name("state.json"))
             return place
     raise CheckpointError(
         f"{source}: no model.safetensors in it or its checkpoints (name a run folder or a checkpoint)"
     )
 
 
+def _refuse_later_format(state: Path) -> None:
+    """Hold a checkpoint to the format that this version writes; folders without ``state.json`` have none."""
+    if state.is_file():
+        try:
+            values = json.loads(state.read_bytes())
+        except (OSError, ValueError, RecursionError) as error:
+            raise CheckpointError(f"{state}: not readable as JSON (take another checkpoint)") from error
+        check_format(values, state.parent)
+
+
 def _saved_grid(file: Path, positions: Tensor) -> tuple[int, int] | None:
     """Rows and columns that image positions were stored for; none when nothing says so and they form no square."""
     run, saved = _config_file(file.parent), file.parent / "config.json"
     if file.name in _WEIGHTS and (run is not None or saved.is_file()):
-        values = load(RunConfig, [run]).encoder.model_dump() if run is not None else json.loads(saved.read_text())
+        values = load(RunConfig, [run]).encoder.model_dump() if run is not None else _saved_encoder(saved)
         config = validate(EncoderConfig, values, str(run or saved))
         height, width = (config.img_size,) * 2 if isinstance(config.img_size, int) else config.img_size
         return height // config.patch_size, width // config.patch_size

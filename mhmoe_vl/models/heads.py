@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -32,9 +33,15 @@ class Pooler(nn.Module):
 
 
 def answer_head(dim: int, num_answers: int, *, norm_eps: float) -> nn.Sequential:
-    """BEiT-3's VQA head: D -> 2D, LayerNorm, GELU, 2D -> answers."""
+    """BEiT-3's VQA head: D -> 2D, LayerNorm, GELU, 2D -> answers.
+
+    Every answer starts with the probability 1 / answers, not 1/2: otherwise the first steps teach all layers below to
+    push all answers down, and saturate the pooler.
+    """
     norm = nn.LayerNorm(2 * dim, eps=norm_eps)
-    return nn.Sequential(start(nn.Linear(dim, 2 * dim)), norm, nn.GELU(), start(nn.Linear(2 * dim, num_answers)))
+    last = start(nn.Linear(2 * dim, num_answers))
+    nn.init.constant_(last.bias, -math.log(max(1, num_answers - 1)))
+    return nn.Sequential(start(nn.Linear(dim, 2 * dim)), norm, nn.GELU(), last)
 
 
 class StatementHead(nn.Module):
@@ -72,15 +79,21 @@ class ClassList(nn.Module):
 
     Args:
         sha256: in hexadecimal.
+        layer: name in the model of the layer whose outputs the classes are.
     """
 
-    def __init__(self, sha256: str) -> None:
+    def __init__(self, sha256: str, layer: str) -> None:
         super().__init__()
+        self.layer = layer
         self.register_buffer("sha256", torch.tensor(list(bytes.fromhex(sha256)), dtype=torch.uint8))
+
+    def differs(self, saved: Tensor | None) -> bool:
+        """Whether a saved hash is that of another list; none is not."""
+        return saved is not None and not torch.equal(saved.cpu(), self.sha256.cpu())
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *others: Any) -> None:
         saved = state_dict.get(f"{prefix}sha256")
-        if saved is not None and not torch.equal(saved.cpu(), self.sha256.cpu()):
+        if self.differs(saved):
             ours, theirs = (bytes(value.tolist()).hex()[:12] for value in (self.sha256.cpu(), saved.cpu()))
             raise CheckpointError(
                 f"{prefix}sha256: weights were trained for the list of classes {theirs}..., this one is {ours}..."

@@ -8,6 +8,7 @@ indexing.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
@@ -130,6 +131,13 @@ def make_plan(experts: Tensor, num_experts: int, path: Path) -> Plan:
         return _tile(choice, expert, within, order, rank, ends - starts, T)
     sizes = (ends - starts).tolist() if path == "split" else []
     return Plan(path, choice % max(T, 1), order.view(K, T), choice, rank, expert, ends.int(), sizes)
+
+
+def within_capacity(rank: Tensor, num_experts: int, capacity_factor: float) -> Tensor:
+    """Which choices fit: those of rank below ceil(capacity_factor K T / E); rank (K, T) to bool (T, K)."""
+    # The small step down keeps products such as 1.1 * 10 from being rounded up past a whole number.
+    capacity = math.ceil(capacity_factor * rank.numel() / num_experts - 1e-9)
+    return rank.t() < capacity
 
 
 def _tile(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 from ..checks import check_experts, check_whole, inner_width
 from ..distributed import all_reduce_sum
 from ..errors import ConfigError
-from .dispatch import Rows, combine, gather_rows, locate_rows, make_plan, permute, scatter_rows
+from .dispatch import Rows, combine, gather_rows, locate_rows, make_plan, permute, scatter_rows, within_capacity
 from .experts import Experts
 from .feed_forward import Activation, FeedForward, FFNLayer, FFNOutput
 from .router import DEFAULT_ROUTER, RouterScores, Routing, RoutingStats, build_router, choose_experts, count_experts
@@ -125,9 +124,7 @@ class RoutedExperts(nn.Module):
         plan = make_plan(experts, self.num_experts, self.experts.path(x))
         kept = torch.ones_like(experts, dtype=torch.bool)
         if self.training and self.capacity_factor is not None:
-            # The small step down keeps products such as 1.1 * 10 from being rounded up past a whole number.
-            capacity = math.ceil(self.capacity_factor * experts.numel() / self.num_experts - 1e-9)
-            kept = plan.rank.t() < capacity
+            kept = within_capacity(plan.rank, self.num_experts, self.capacity_factor)
         mixed = combine(self.experts(permute(x, plan), plan), gates * kept, plan)
         return (x + mixed if self.residual else mixed), kept
 

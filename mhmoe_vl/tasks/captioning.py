@@ -35,7 +35,7 @@ from ..models.heads import start
 from .annotated_task import AnnotatedTask
 from .base import InputSpec, ModelOutput, Record
 from .encoder_model import EncoderModel
-from .pair_batch import PairBatch, collate
+from .pair_batch import PairBatch, collate, read_text
 
 NOT_HIDDEN = -100
 KEPT, EXCHANGED = 0.1, 0.1
@@ -241,10 +241,11 @@ class _TrainExamples:
     mask_ratio: float
 
     def __call__(self, example: Example, rng: np.random.Generator) -> dict[str, Any]:
-        ids = np.asarray(self.tokenizer.encode(example.record.captions[0], self.max_len))
+        text = read_text(self.tokenizer, example.record.captions[0], self.max_len)
+        ids = np.asarray(text["text"])
         shown, targets = hide(ids, self.mask_ratio, self.tokenizer.mask_id, self.tokenizer.vocab_size, rng)
-        picture = self.pictures(example.picture(), rng)
-        return {"pictures": [picture], "text": shown, "targets": targets, "record": {"id": example.key}}
+        seen = {"pictures": [example.pixels(self.pictures, rng)], "text": shown, "cut": text["cut"]}
+        return {**seen, "targets": targets, "record": {"id": example.key}}
 
 
 @dataclass(frozen=True)
@@ -254,8 +255,8 @@ class _EvalExamples:
     pictures: ImageTransform
 
     def __call__(self, example: Example, rng: np.random.Generator) -> dict[str, Any]:
-        picture = self.pictures(example.picture(), rng)
-        return {"pictures": [picture], "text": [], "targets": [], "record": _record(example)}
+        picture = example.pixels(self.pictures, rng)
+        return {"pictures": [picture], "text": [], "cut": False, "targets": [], "record": _record(example)}
 
 
 def hide(

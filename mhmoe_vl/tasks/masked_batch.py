@@ -106,7 +106,7 @@ class MaskedExamples:
             example["pictures"] = self.pictures(sample.image(), rng)
             example["image_mask"] = block_mask(*self.grid, self.num_masked, self.min_block, rng).reshape(-1)
         if self.stream != "images":
-            texts = captions(sample)
+            texts = sample.captions()
             text = texts[rng.integers(len(texts))] if self.train else texts[0]
             ids = np.asarray(self.tokenizer.encode(text, self.max_text_len))
             example |= {"text": ids, "text_mask": text_mask(ids, self.tokenizer.special_ids, self.text_ratio, rng)}
@@ -151,22 +151,6 @@ def _collate_texts(texts: list[dict[str, Any]], pad_id: int, mask_id: int) -> di
         "text_positions": torch.from_numpy(np.flatnonzero(mask)),
         "text_targets": torch.from_numpy(ids[mask]),
     }
-
-
-def captions(sample: Sample) -> list[str]:
-    """The sample's texts: ``captions`` of its json when it has them, else its txt.
-
-    Raises:
-        BadSample: there is none, or all are empty.
-    """
-    described = sample.json() if "json" in sample.members else {}
-    listed = described.get("captions") if isinstance(described, dict) else None
-    if not isinstance(listed, list):
-        return [sample.text()]
-    texts = [text.strip() for text in listed if isinstance(text, str) and text.strip()]
-    if not texts:
-        raise sample.bad("empty text", "captions in member json are empty")
-    return texts
 
 
 def per_sample(batch: MaskedBatch, results: dict[str, tuple[Tensor, Tensor]]) -> list[Record]:

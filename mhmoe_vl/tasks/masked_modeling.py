@@ -33,7 +33,7 @@ from ..models.encoder import Encoder
 from ..models.visual_tokenizer import load_visual_tokenizer
 from .base import InputSpec, ModelOutput, Record, Task
 from .encoder_model import EncoderModel
-from .masked_batch import STREAMS, TERMS, MaskedBatch, MaskedExamples, captions, collate, per_sample
+from .masked_batch import STREAMS, TERMS, MaskedBatch, MaskedExamples, collate, per_sample
 
 UNIGRAM_SMOOTHING = 0.01
 """Added to every count of the unigram baseline: enough for pieces never seen, too little to blur the frequencies."""
@@ -317,7 +317,7 @@ class MaskedModeling(Task):
 
     def _pieces(self, sample: Sample) -> Tensor:
         special = self.tokenizer.special_ids
-        pieces = [i for text in captions(sample) for i in self.tokenizer.encode(text) if i not in special]
+        pieces = [i for text in sample.captions() for i in self.tokenizer.encode(text) if i not in special]
         return torch.tensor(pieces, dtype=torch.int64)
 
     def _codes(self, sample: Sample, device: torch.device) -> Tensor:

@@ -27,7 +27,7 @@ from ..models.heads import StatementHead
 from .annotated_task import AnnotatedTask
 from .base import InputSpec, ModelOutput, Record
 from .encoder_model import EncoderModel
-from .pair_batch import PairBatch, collate
+from .pair_batch import PairBatch, collate, read_text
 
 REGIONS: dict[str, tuple[tuple[int, Box | None], ...]] = {
     "pair": ((0, None), (1, None)),
@@ -169,9 +169,9 @@ class _Examples:
     max_len: int
 
     def __call__(self, example: Example, rng: np.random.Generator) -> dict[str, Any]:
-        pictures = [self.transform(example.picture(number), rng, region) for number, region in self.regions]
-        text = self.tokenizer.encode(example.record.sentence, self.max_len)
-        return {"pictures": pictures, "text": text, "record": _record(example)}
+        pictures = [example.pixels(self.transform, rng, region, number=number) for number, region in self.regions]
+        text = read_text(self.tokenizer, example.record.sentence, self.max_len)
+        return {"pictures": pictures, **text, "record": _record(example)}
 
 
 def _record(example: Example) -> Record:

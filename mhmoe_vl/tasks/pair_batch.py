@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..data.text import pad
+from ..data.text import TextTokenizer, pad
 from .base import Record
 
 
@@ -24,6 +24,7 @@ class PairBatch:
         targets: ``(B, ...)``, the task's own.
         records: what is known of each example.
         bad: examples left out, by reason.
+        texts_cut: examples whose text is longer than what is read of it.
     """
 
     images: Tensor
@@ -32,6 +33,7 @@ class PairBatch:
     targets: Tensor
     records: list[Record]
     bad: dict[str, int] = field(default_factory=dict)
+    texts_cut: int = 0
 
     def __len__(self) -> int:
         return len(self.records)
@@ -42,13 +44,21 @@ class PairBatch:
         return replace(self, **moved | {"images": moved["images"].float() / 127.5 - 1})
 
 
+def read_text(tokenizer: TextTokenizer, text: str, max_len: int) -> dict[str, Any]:
+    """The ``text`` of an example, at most ``max_len`` ids, and whether it is ``cut``."""
+    ids = tokenizer.encode(text, max_len + 1)
+    cut = len(ids) > max_len
+    return {"text": [*ids[: max_len - 1], ids[-1]] if cut else ids, "cut": cut}
+
+
 def collate(
     examples: list[dict[str, Any]], targets: Tensor, *, num_pictures: int, pad_id: int, img_size: tuple[int, int]
 ) -> PairBatch:
-    """A batch of examples (``pictures``, ``text``, ``record``), which may be none."""
+    """A batch of examples (``pictures``, ``record`` and what :func:`read_text` gives), which may be none."""
     images = torch.empty(num_pictures, len(examples), 3, *img_size, dtype=torch.uint8)
     for row, example in enumerate(examples):
         for number, picture in enumerate(example["pictures"]):
             images[number, row] = picture
     text, padding = pad([example["text"] for example in examples], pad_id)
-    return PairBatch(images.flatten(0, 1), text, padding, targets, [example["record"] for example in examples])
+    records, cut = [example["record"] for example in examples], sum(example["cut"] for example in examples)
+    return PairBatch(images.flatten(0, 1), text, padding, targets, records, texts_cut=cut)

@@ -30,7 +30,7 @@ from .annotated_task import AnnotatedTask, listed
 from .answers import AnswerVocabulary
 from .base import InputSpec, ModelOutput, Record
 from .encoder_model import EncoderModel
-from .pair_batch import PairBatch, collate
+from .pair_batch import PairBatch, collate, read_text
 
 NUM_CANDIDATES = 5
 ANSWERS_FILE = "answers.json"
@@ -49,7 +49,7 @@ class VQAModel(EncoderModel):
         super().__init__(encoder)
         self.pooler = Pooler(encoder.embed_dim, norm_eps=encoder.norm_eps)
         self.head = answer_head(encoder.embed_dim, num_answers, norm_eps=encoder.norm_eps)
-        self.answers = ClassList(sha256)
+        self.answers = ClassList(sha256, layer="head.3")
 
     def forward(self, batch: PairBatch) -> ModelOutput:
         """``logits (B, A)``."""
@@ -213,8 +213,8 @@ class _Examples:
     def __call__(self, example: Example, rng: np.random.Generator) -> dict[str, Any]:
         question: Question = example.record
         return {
-            "pictures": [self.pictures(example.picture(), rng)],
-            "text": self.tokenizer.encode(question.question, self.max_len),
+            "pictures": [example.pixels(self.pictures, rng)],
+            **read_text(self.tokenizer, question.question, self.max_len),
             "targets": self.vocabulary.targets(question.answers or ()),
             "record": _record(example),
         }

@@ -34,10 +34,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from .. import __version__, distributed
+from ..checks import CHECKPOINT_FORMAT, check_format
 from ..errors import CheckpointError, one_line
 
-FORMAT = 1
-MAX_JSON_BYTES = 8 * 2**20
+MAX_JSON_BYTES = 2 * 2**20
 """Most bytes of a checkpoint's JSON files."""
 SHOWN = 5
 
@@ -98,7 +98,7 @@ def _write(folder: Path, parts: Mapping[str, Mapping[str, Tensor]], state: Mappi
         save_file(tensors, file)
         sums[file.name] = {name: _crc32(tensor) for name, tensor in tensors.items()}
     (folder / "tensors.json").write_text(json.dumps(sums))
-    versions = {"format": FORMAT, "package": __version__, "torch": str(torch.__version__)}
+    versions = {"format": CHECKPOINT_FORMAT, "package": __version__, "torch": str(torch.__version__)}
     (folder / "state.json").write_text(json.dumps({**versions, **state}, indent=1))
     (folder / "config.yaml").write_text(config)
     checksums = json.dumps({path.name: _sha256(path) for path in sorted(folder.iterdir())}, indent=1)
@@ -256,12 +256,9 @@ def read_state(path: Path) -> dict[str, Any]:
     """
     try:
         state = json.loads(_read_small(path / "state.json"))
-        version = int(state["format"])
-    except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
-        raise CheckpointError(f"{path}/state.json: no counters of a checkpoint (take another checkpoint)") from error
-    if version > FORMAT:
-        made = one_line(state.get("package"), 20)
-        raise CheckpointError(f"{path}: made by mhmoe_vl {made}, this is {__version__} (upgrade)")
+    except (OSError, ValueError, RecursionError):
+        state = None
+    check_format(state, path)
     return state
 
 

@@ -100,7 +100,7 @@ class Progress:
         evaluated: step of the last evaluation, -1 while there was none.
         best: best value of the task's metric since training began, found at ``best_step``.
         skipped: updates left out because loss or gradient was not finite; ``skipped_in_a_row`` of them just now.
-        samples: samples used; ``bad`` counts those left out, by reason.
+        samples: samples used, ``texts_cut`` of them with a text too long; ``bad`` counts those left out, by reason.
         last_used: by pool, the last logged step at which each expert was chosen.
     """
 
@@ -111,6 +111,7 @@ class Progress:
     skipped: int = 0
     skipped_in_a_row: int = 0
     samples: int = 0
+    texts_cut: int = 0
     bad: dict[str, int] = field(default_factory=dict)
     last_used: dict[str, list[int]] = field(default_factory=dict)
 
@@ -169,9 +170,8 @@ class _Run:
         optim.load_optimizer_tensors(trainer.model, trainer.optimizer, found.tensors["optimizer"])
         if trainer.ema is not None:
             checkpoint.load_weights(trainer.ema.module, found.weights, found.path)
-        self.progress = Progress(
-            **{entry.name: found.state[entry.name] for entry in fields(Progress) if entry.name in found.state}
-        )
+        known = {entry.name for entry in fields(Progress)}  # older checkpoints have fewer
+        self.progress = Progress(**{name: value for name, value in found.state.items() if name in known})
         self.saved = (self.progress.step, self.progress.evaluated)
         if self.progress.step < self.config.train.steps:
             self.log.say(f"continues from {found.path}, step {self.progress.step}")
@@ -204,6 +204,7 @@ class _Run:
         parts = next(steps)
         counts = self.trainer.count(parts)
         progress.samples += sum(counts.samples)
+        progress.texts_cut += counts.texts_cut
         if counts.bad:
             self._note_bad(sum((Counter(part.bad) for part in parts), Counter()))
         logged = (progress.step + 1) % self.config.train.log_every == 0 or progress.step + 1 == self.config.train.steps
@@ -217,6 +218,8 @@ class _Run:
         if logged:
             values = done.values | self.clock.values() | {"memory_mb": peak_memory_mb(self.device)}
             values |= {"skipped": progress.skipped} | {f"bad/{reason}": n for reason, n in progress.bad.items()}
+            if progress.texts_cut:
+                values["texts_cut"] = progress.texts_cut
             collapsed, alarms = self.routing_alarm.check(progress.step, values)
             values |= {"collapsed": collapsed} if progress.last_used else {}
             for alarm in filter(None, [*alarms, self.loss_alarm.check(values["loss"])]):

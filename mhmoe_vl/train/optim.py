@@ -30,11 +30,12 @@ def param_groups(model: nn.Module, config: OptimConfig) -> list[dict]:
     """timm's parameter groups: no weight decay for vectors and for what any submodule's ``no_weight_decay()`` names.
 
     With ``layer_decay`` below 1 each group has an ``lr_scale``, by the model's ``group_matcher()``. A
-    ``head_lr_factor`` multiplies the ``lr_scale`` of parameters that are not below the submodule ``encoder``.
+    ``head_lr_factor`` multiplies the ``lr_scale`` of parameters below the submodule ``head``, as BEiT-3's
+    optim_factory.py does: a pooler before it learns as its layer does.
 
     Raises:
         ConfigError: layer decay is asked of a model that does not say which layers it has, or a factor for the head
-            of one that has no encoder.
+            of one that has none.
     """
     groups = _decay_groups(model, config)
     return groups if config.head_lr_factor == 1 else _part_head(model, groups, config.head_lr_factor)
@@ -55,19 +56,19 @@ def _decay_groups(model: nn.Module, config: OptimConfig) -> list[dict]:
 
 
 def _part_head(model: nn.Module, groups: list[dict], factor: float) -> list[dict]:
-    """Each group as two: what is in the encoder, and the rest with ``factor`` times the ``lr_scale``."""
-    encoder = {id(parameter) for name, parameter in model.named_parameters() if name.startswith("encoder.")}
-    if not encoder:
-        who = f"{type(model).__name__}, which has no encoder"
+    """Each group as two: what is below ``head``, with ``factor`` times the ``lr_scale``, and the rest."""
+    head = {id(parameter) for name, parameter in model.named_parameters() if name.startswith("head.")}
+    if not head:
+        who = f"{type(model).__name__}, which has no parameters in a submodule head"
         raise ConfigError(f"optim.head_lr_factor: {factor} for {who} (set it to 1)")
     parted = []
     for group in groups:
         scale = group.get("lr_scale", 1.0)
-        inside = [parameter for parameter in group["params"] if id(parameter) in encoder]
-        outside = [parameter for parameter in group["params"] if id(parameter) not in encoder]
+        inside = [parameter for parameter in group["params"] if id(parameter) in head]
+        outside = [parameter for parameter in group["params"] if id(parameter) not in head]
         parted += [
-            group | {"params": inside, "lr_scale": scale},
-            group | {"params": outside, "lr_scale": scale * factor},
+            group | {"params": outside, "lr_scale": scale},
+            group | {"params": inside, "lr_scale": scale * factor},
         ]
     return [group for group in parted if group["params"]]
 

@@ -33,12 +33,14 @@ class Autocast:
 
 
 class Counts(NamedTuple):
-    """What a step's parts hold, summed over ranks: targets by loss term, samples by part, bad samples, pictures."""
+    """What a step's parts hold, summed over ranks: targets by loss term, samples by part, bad samples, pictures, and
+    texts that were cut."""
 
     targets: dict[str, int]
     samples: list[int]
     bad: int
     images: int
+    texts_cut: int
 
 
 class Step(NamedTuple):
@@ -82,9 +84,10 @@ class Trainer:
         mine = [sum(term[name] for term in terms) for name in names]
         mine += [len(part) for part in parts]
         mine += [sum(sum(part.bad.values()) for part in parts), sum(_num_images(part) for part in parts)]
+        mine += [sum(getattr(part, "texts_cut", 0) for part in parts)]
         totals = distributed.all_reduce_sum(torch.tensor(mine, device=self.device)).tolist()
         targets = dict(zip(names, totals[: len(names)], strict=True))
-        return Counts(targets, totals[len(names) : -2], *totals[-2:])
+        return Counts(targets, totals[len(names) : -3], *totals[-3:])
 
     def update(self, step: int, parts: list[Batch], counts: Counts, *, logged: bool) -> Step:
         """Update ``step`` from this rank's ``parts``; left out on all ranks when any loss or gradient is not finite:
@@ -118,7 +121,7 @@ class Trainer:
         if not finite:
             for buffer, before in zip(self.model.buffers(), buffers, strict=True):
                 buffer.copy_(before)
-        self.optimizer.zero_grad(set_to_none=False)
+        self.optimizer.zero_grad()
         if not logged:
             return Step(finite, {}, not_finite)
         return Step(finite, named | {"grad_norm": float(norm), "lr": lr} | routing.values(), not_finite)

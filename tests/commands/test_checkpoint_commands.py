@@ -47,7 +47,7 @@ def test_a_flipped_bit_is_listed_with_file_and_tensor(run: Path, capsys: pytest.
     flip(file, -1)  # larger types first, then by name: the last byte is of b
     [problem] = problems(run, capsys)
     message = "damaged, its checksum differs"
-    assert problem == {"file": str(file), "tensor": "b", "reason": "checksum", "message": message}
+    assert problem == {"file": str(file), "place": "b", "reason": "checksum", "message": message}
     assert commands.main(["check-checkpoint", str(run)]) == 1
     assert capsys.readouterr().out.splitlines()[0].split() == [str(file), "b", "checksum", *message.split()]
     assert problems(run / "checkpoints/last", capsys) == []
@@ -57,7 +57,7 @@ def test_a_flipped_bit_is_listed_with_file_and_tensor(run: Path, capsys: pytest.
 def test_damage_elsewhere_names_the_file(run: Path, capsys: pytest.CaptureFixture[str], name: str) -> None:
     flip(run / "checkpoints/last" / name, 3)
     [problem] = problems(run, capsys)
-    assert problem["tensor"] == ""
+    assert problem["place"] == ""
     assert problem["file"].endswith("checksums.json" if name == "COMPLETE" else name)
     (run / "checkpoints/last" / name).unlink()
     [problem] = problems(run, capsys)
@@ -67,7 +67,7 @@ def test_damage_elsewhere_names_the_file(run: Path, capsys: pytest.CaptureFixtur
 def test_all_damaged_files_are_listed(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for name in ("model", "optimizer"):
         flip(run / f"checkpoints/last/{name}.safetensors", -1)
-    assert [problem["tensor"] for problem in problems(run, capsys)] == ["b", "a:step"]
+    assert [problem["place"] for problem in problems(run, capsys)] == ["b", "a:step"]
 
 
 def test_no_checkpoint_is_a_mistake_in_the_call(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

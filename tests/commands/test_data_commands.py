@@ -42,13 +42,13 @@ def test_a_flipped_bit_is_listed_with_file_and_member(shards: list[Path], capsys
     shards[1].write_bytes(data)
     code, found = report(shards[0].parent, capsys)
     assert code == 1
-    assert [(p["file"], p["member"], p["reason"]) for p in found["problems"]] == [
+    assert [(p["file"], p["place"], p["reason"]) for p in found["problems"]] == [
         (str(shards[1]), "007.txt", "checksum")
     ]
     assert commands.main(["check-data", str(shards[1])]) == 1
     out = capsys.readouterr().out
     assert out.startswith(f"{shards[1]}  007.txt  checksum  ")
-    assert out.endswith("1 shards, 5 samples, 1 problems\n")
+    assert out.endswith("1 shards, 5 samples, 1 problems; 1 checksum\n")
 
 
 def test_damage_between_members_is_found(shards: list[Path], capsys: pytest.CaptureFixture[str]) -> None:
@@ -56,7 +56,7 @@ def test_damage_between_members_is_found(shards: list[Path], capsys: pytest.Capt
     data[data.index(b"text 3") + 100] ^= 1
     shards[0].write_bytes(data)
     code, found = report(shards[0].parent, capsys)
-    assert (code, [(p["member"], p["reason"]) for p in found["problems"]]) == (1, [("", "checksum")])
+    assert (code, [(p["place"], p["reason"]) for p in found["problems"]]) == (1, [("", "checksum")])
 
 
 def test_a_cut_shard_lists_every_lost_sample(shards: list[Path], capsys: pytest.CaptureFixture[str]) -> None:
@@ -64,7 +64,7 @@ def test_a_cut_shard_lists_every_lost_sample(shards: list[Path], capsys: pytest.
     shards[0].write_bytes(data[: data.index(b"text 3")])
     code, found = report(shards[0].parent, capsys)
     assert (code, found["samples"]) == (1, 10)
-    assert [(p["member"], p["reason"]) for p in found["problems"]] == [
+    assert [(p["place"], p["reason"]) for p in found["problems"]] == [
         ("", "truncated"),
         ("003.txt", "truncated"),
         ("004.txt", "truncated"),
@@ -88,7 +88,7 @@ def test_foreign_members_are_counted_and_shards_without_manifest_said(
     code, found = report(tmp_path, capsys)
     assert (code, found["without_manifest"]) == (1, 1)
     assert found["left_out"] == {"extension": 1, "duplicate": 1, "name": 2}
-    assert [(p["member"], p["reason"]) for p in found["problems"]] == [("1.txt", "duplicate")]
+    assert [(p["place"], p["reason"]) for p in found["problems"]] == [("1.txt", "duplicate")]
     assert commands.main(["make-manifest", str(tmp_path)]) == 0
     out = capsys.readouterr().out
     assert "1 shards: 1 manifests made, 0 up to date, 0 damaged" in out

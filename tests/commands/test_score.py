@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gzip
 import json
-import random
 import subprocess
 import sys
 from collections.abc import Callable
@@ -12,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from mutations import mutate
 
 from mhmoe_vl import commands
 from mhmoe_vl.commands.score import METRICS
@@ -149,7 +147,7 @@ def test_vqa_is_never_scored_on_other_than_the_split(score: Score, predictions: 
         ("[" * 9999, "line 1, byte 100: nested deeper than 100 levels"),
         ([], "need an object, got a list of 0"),
         ({"questions": []}, "annotations: missing"),
-        ({"annotations": []}, "annotations: none"),
+        ({"annotations": []}, "annotations: need at least 1, got none"),
         (
             {"annotations": changed(ANNOTATIONS["annotations"], 4, answers=None)},
             "annotations[4].answers: need a list, got",
@@ -268,7 +266,7 @@ def test_nlvr2_check_lists_each_kind_of_mistake_on_a_line(score: Score) -> None:
         (changed(EXAMPLES, 2, label=1), "line 3: label: need True or False, got 1"),
         ([*EXAMPLES, EXAMPLES[4]], 'line 13: identifier: "dev-7-0-1" stands already at line 5'),
         ([{"sentence": "x"}], "line 1: identifier: missing"),
-        ([*EXAMPLES[:-1], {"identifier": "dev-7-3-2"}], "1 of 12 examples without label, first dev-7-3-2 "),
+        ([*EXAMPLES[:-1], {"identifier": "dev-7-3-2"}], "line 12: 1 of 12 examples without label: "),
         ("", "line 1, byte 0: nothing here"),
     ],
 )
@@ -288,7 +286,7 @@ def test_nlvr2_without_labels_is_checked_only(score: Score) -> None:
         "annotations: no labels in it, so nothing to score",
     ]
     code, _, err = score("nlvr2", ROWS, examples)
-    assert (code, err.startswith("error: annotations: 12 of 12 examples without label")) == (2, True)
+    assert (code, err.startswith("error: annotations: no labels in it (score against")) == (2, True)
 
 
 # ------------------------------------------------------------------------------------------ all of them
@@ -304,27 +302,6 @@ def test_gzipped_annotations_are_read_by_their_content(score: Score, tmp_path: P
     path.write_bytes(gzip.compress(json.dumps(ANNOTATIONS).encode()))
     code, out, _ = score("vqa", ANSWERS, None, "--annotations", str(path))
     assert (code, out.split()[3]) == (0, "50.00")
-
-
-@pytest.mark.parametrize("seed", range(100))
-def test_mutated_files_end_in_a_score_or_in_one_line(score: Score, seed: int) -> None:
-    rng = random.Random(seed)
-    victim = rng.choice(["answers", "annotations", "questions", "examples"])
-    answers, annotations, questions, examples = (
-        mutate(value, rng) if name == victim else value
-        for name, value in {
-            "answers": ANSWERS, "annotations": ANNOTATIONS, "questions": QUESTIONS, "examples": EXAMPLES,
-        }.items()
-    )  # fmt: skip
-    if victim == "examples":
-        code, out, err = score("nlvr2", ROWS, lines_of(examples))
-    else:
-        code, out, err = score("vqa", answers, annotations, questions=questions)
-    assert (code, err.count("\n")) in [(0, 0), (2, 1)]
-    assert err == "" or err.startswith("error: ")
-    assert all(character.isprintable() or character == "\n" for character in out + err)
-    if code == 0 and victim != "examples":
-        assert out.splitlines()[1].split()[2] == "10"
 
 
 def test_each_metric_has_help_and_nothing_heavy_is_imported() -> None:

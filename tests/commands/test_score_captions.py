@@ -147,7 +147,7 @@ def test_bad_predictions_are_one_line(
     ("change", "what"),
     [
         ({"images": None}, "images: need a list, got null"),
-        ({"images": []}, "images: none"),
+        ({"images": []}, "images: need at least 1, got none"),
         ({"images": [{"id": 1}, {"id": 2}, {"id": 1}, {"id": 5}]}, "images[2].id: 1 stands already at [0]"),
         ({"annotations": [{"id": 1, "image_id": 1}]}, "annotations[0].caption: missing"),
         ({"annotations": [*SPLIT["annotations"], SPLIT["annotations"][0]]}, "annotations[4].id: 10 stands already"),

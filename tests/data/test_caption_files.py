@@ -124,8 +124,8 @@ def test_packed_files_are_known_by_their_content(read, tmp_path):
         (COCO, ["images", 1, "id"], "3", 'images[1].id: need a whole number, got "3"'),
         (COCO, ["images", 0, "file_name"], "../x.jpg", "images[0].file_name: need a picture's name such as"),
         (COCO, ["images", 0, "file_name"], None, "images[0].file_name: need a picture's name such as"),
-        (COCO, ["images", 2, "file_name"], "COCO_val2014_000000000007.jpg", "images 7 and 5 have one picture, COCO_"),
-        (COCO, ["images"], [], "images: none (name the captions of a whole split)"),
+        (COCO, ["images", 2, "file_name"], "COCO_val2014_000000000007.jpg", "image 5: has the picture of image 7, "),
+        (COCO, ["images"], [], "images: need at least 1, got none"),
         (COCO, ["images"], None, "images: need a list, got null"),
         (COCO, ["annotations", 2, "id"], 30, "annotations[2].id: 30 stands already at [0]"),
         (COCO, ["annotations", 2, "image_id"], 9, "annotations[2].image_id: 9 is not in images (mend the file)"),
@@ -154,8 +154,8 @@ def test_what_is_wrong_in_json_is_named_with_its_place(read, tmp_path, form, pat
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "images: none"),
-        ("image,caption\n", "images: none"),
+        ("", "need at least 1 caption, got none"),
+        ("image,caption\n", "need at least 1 caption, got none"),
         ("image,comment\na.jpg,x", 'line 1: need image,caption, got "image,comment" (name COCO'),
         ("image,caption\na.jpg,A dog, running\n", "line 2: need image,caption, got 3 values: put a caption"),
         ("image,caption\na.jpg\n", "line 2: need image,caption, got 1 values"),

@@ -70,7 +70,7 @@ def test_what_is_wrong_is_named_with_its_line(read, line, change, message):
 def test_labels_may_be_absent_from_all_lines_only(read):
     bare = [{key: line[key] for key in ("identifier", "sentence")} for line in LINES]
     assert [e.record.label for e in read(bare)] == [None] * 3
-    with pytest.raises(DataError, match="1 of 3 examples without label, first dev-850-1-0 "):
+    with pytest.raises(DataError, match="line 3: 1 of 3 examples without label: "):
         read([*LINES[:2], bare[2]])
 
 

@@ -68,7 +68,7 @@ def test_a_test_split_has_no_answers(read):
         ("q", ["questions", 1, "question_id"], "20", r"questions\[1\].question_id: need a whole number, got \"20\""),
         ("q", ["questions", 1, "question_id"], 10, r"questions\[1\].question_id: 10 stands already at \[0\]"),
         ("q", ["questions", 1, "question"], "\ud800", r"questions\[1\].question: need a text that is not empty"),
-        ("q", ["questions"], [], "questions: none"),
+        ("q", ["questions"], [], "questions: need at least 1, got none"),
         ("q", ["data_subtype"], "../x", r'data_subtype: need a name such as train2014, got "../x"'),
         ("q", ["questions", 1, "image_id"], None, r"questions\[1\].image_id: need a whole number, got null"),
         ("q", ["questions", 1, "image_id"], 3, "1 questions about another image_id than in .* first 20"),
@@ -78,7 +78,7 @@ def test_a_test_split_has_no_answers(read):
         ("a", ["annotations", 0, "answers"], [{}], r"annotations\[0\].answers\[0\].answer: missing"),
         ("a", ["annotations", 0, "multiple_choice_answer"], 1, "multiple_choice_answer: need a text, got 1"),
         ("a", ["annotations", 1, "question_id"], 20, r"annotations\[1\].question_id: 20 stands already at \[0\]"),
-        ("a", ["annotations"], [], "annotations: none"),
+        ("a", ["annotations"], [], "annotations: need at least 1, got none"),
         ("a", ["annotations"], {}, "annotations: need a list, got an object of 0"),
     ],
 )

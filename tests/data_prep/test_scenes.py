@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import collections
+import hashlib
 import io
 import json
 import signal
@@ -12,9 +13,12 @@ import pytest
 import scenes
 from PIL import Image
 from scene_captions import LANGUAGES
-from scene_drawing import COLORS
+from scene_drawing import COLORS, SHAPES
 
+SHARDS = ("pairs", "images", "texts")
 SMALL = ["--pairs", "60", "--images", "20", "--texts", "40", "--size", "64", "--samples-per-shard", "25"]
+SMALL += [word for name in scenes.STREAMS if name not in SHARDS for word in (f"--{name}", "0")]
+NOTHING = [word for name in scenes.STREAMS for word in (f"--{name}", "0")]
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -72,9 +76,10 @@ def test_same_bytes_again_and_with_two_processes(small, tmp_path, run_script):
 
 @pytest.mark.parametrize("stream", scenes.STREAMS)
 def test_validation_is_new_and_counts_only_add(stream):
-    splits = scenes.make_examples(stream, 400, 60, seed=0, image_size=128)
-    content = scenes.STREAMS[stream].content
-    assert not {content(e) for e in splits["train"]} & {content(e) for e in splits["val"]}
+    num_train, num_val = (400, 60) if stream in SHARDS else (60, 12)
+    splits = scenes.make_examples(stream, num_train, num_val, seed=0, image_size=128)
+    train, val = (set().union(*map(scenes.STREAMS[stream].contents, splits[split])) for split in ("train", "val"))
+    assert train and val and not train & val
     assert scenes.make_examples(stream, 30, 0, seed=0, image_size=128)["train"] == splits["train"][:30]
 
 
@@ -88,7 +93,7 @@ def test_streams_differ_and_languages_are_shared_out():
 
 
 def test_a_killed_run_is_finished_by_running_it_again(tmp_path, start, load):
-    arguments = ["--pairs", 0, "--images", 500, "--texts", 0, "--size", 32, "--samples-per-shard", 5]
+    arguments = [*NOTHING, "--images", 500, "--size", 32, "--samples-per-shard", 5]
     folder = tmp_path / "killed/images/train"
     process = start("scenes", "--out", tmp_path / "killed", *arguments)
     while len(list(folder.glob("*.tar"))) < 3 and process.poll() is None:
@@ -114,8 +119,8 @@ def test_a_killed_run_is_finished_by_running_it_again(tmp_path, start, load):
         (["--size", "8"], "error: --size 8: pictures have 32 to 2048 px (see --help)"),
         (["--size", "99999999999"], "error: --size 99999999999: pictures have 32 to 2048 px (see --help)"),
         (
-            ["--pairs", "0", "--images", "0", "--texts", "0"],
-            "error: --pairs 0 --images 0 --texts 0: nothing to draw (see --help)",
+            NOTHING,
+            f"error: {' '.join(NOTHING)}: nothing to draw (see --help)",
         ),
         (["--pairs", "-1"], "error: argument --pairs: '-1' is not a whole number of at least 0 (see --help)"),
         (["--val-fraction", "1"], "error: argument --val-fraction: '1' is not a number from 0 to below 1 (see --help)"),
@@ -136,3 +141,46 @@ def test_another_set_is_not_mixed_in(small, run_script):
     assert error == (
         f"error: {small}/pairs/packing.json: made with seed 0, now 5 (choose another --out, or delete this folder)\n"
     )
+
+
+INPUTS, TRUTH = (
+    {"pairs": "10c407123518a01c", "images": "6c21eea60ca70bcc", "texts": "54df8ad9d4f27426"},
+    "bdb41552fa3c3968",
+)
+OFFICIAL = ["--vqa", "4", "--nlvr2", "2", "--captions", "4", "--coco", "4", "--imagefolder", "2"]
+
+
+def test_official_sets_are_the_same_again_and_with_two_processes(tmp_path, run_script):
+    options = [*NOTHING, *OFFICIAL, "--imagefolder", "13", "--size", "32", "--val-fraction", "0.5"]
+    scenes.main(["--out", str(tmp_path / "one"), *options])
+    code, error = run_script("scenes", "--out", tmp_path / "two", *options, "--processes", 2)
+    assert code == 0, error
+    one = contents(tmp_path / "one")
+    assert contents(tmp_path / "two") == one
+    assert {name.partition("/")[0] for name in one} == {"vqa", "nlvr2", "captions", "coco", "imagefolder"}
+    assert not any(name.endswith(".part") for name in one)
+
+    # What a stopped run has drawn is kept, and annotation files come last.
+    path = tmp_path / "one/coco/train2017/000000000001.jpg"
+    path.unlink()
+    before = (tmp_path / "one/coco/train2017/000000000003.jpg").stat().st_mtime_ns
+    scenes.main(["--out", str(tmp_path / "one"), *options])
+    assert contents(tmp_path / "one") == one
+    assert (tmp_path / "one/coco/train2017/000000000003.jpg").stat().st_mtime_ns == before
+
+
+def test_class_folders(tmp_path):
+    scenes.main(["--out", str(tmp_path), *NOTHING, "--imagefolder", "3", "--size", "32", "--val-fraction", "0.34"])
+    for split, count in (("train", 3), ("val", 1)):
+        folders = sorted((tmp_path / "imagefolder" / split).iterdir())
+        assert [folder.name for folder in folders] == sorted(SHAPES)
+        assert all(len(list(folder.glob("*.jpg"))) == count for folder in folders)
+    for row in scenes.make_examples("imagefolder", 3, 0, seed=0, image_size=32)["train"]:
+        assert [[o.shape for o in scene.objects] for scene in row] == [[shape] for shape in SHAPES]
+
+
+def test_streams_are_as_they_always_were(small):
+    """Fingerprints of what is drawn, apart from the picture library; whoever changes one changes every number."""
+    texts = b"".join(path.read_bytes() for path in sorted(small.rglob("scenes.jsonl")))
+    inputs = {name: json.loads((small / name / "packing.json").read_text())["input"] for name in SHARDS}
+    assert (inputs, hashlib.sha256(texts).hexdigest()[:16]) == (INPUTS, TRUTH)

@@ -81,9 +81,9 @@ def _checkpoints(folder: Path, count: int, draw: random.Random, found: Found) ->
         seal = {str(last / "checksums.json"), str(last / "COMPLETE")}
         right_file = any(p["file"] == str(file) or {p["file"], str(file)} <= seal for p in problems)
         in_tensor = header is not None and at >= header
-        if code != 1 or not right_file or (in_tensor and not problems[0]["tensor"]):
+        if code != 1 or not right_file or (in_tensor and not problems[0]["place"]):
             found.failures.append(f"{file.name} byte {at}: code {code}, {problems[:2]}")
-        named += bool(problems and problems[0]["tensor"])
+        named += bool(problems and problems[0]["place"])
     return named
 
 
@@ -106,7 +106,7 @@ def _shards(folder: Path, count: int, draw: random.Random, found: Found) -> int:
                     if sample.members != samples[sample.key]:
                         found.failures.append(f"byte {at}: sample {sample.key} delivered damaged")
         expected = [name for name, (offset, size) in places.items() if offset - BLOCK <= at < offset + size]
-        told = {problem.get("place", problem.get("member")) for problem in report["problems"]}
+        told = {problem["place"] for problem in report["problems"]}
         if code != 1 or any(p["file"] != str(path) for p in report["problems"]) or not told >= set(expected):
             found.failures.append(f"byte {at}: code {code}, expected {expected}, told {sorted(told)}")
         named += bool(expected)

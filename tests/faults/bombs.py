@@ -243,6 +243,15 @@ def _packed(path: Path) -> None:
             archive.writestr(name, data)
 
 
+def _filling(path: Path) -> None:
+    torch.save({"w": torch.zeros(2)}, path)
+    with zipfile.ZipFile(path) as archive:
+        members = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, data in members.items():
+            archive.writestr(name, pickle.dumps({"w": _Large()}, 2) if name.endswith("data.pkl") else data)
+
+
 class _Large:
     def __reduce__(self) -> tuple:
         return bytearray, (2**34,)
@@ -268,7 +277,8 @@ def _checkpoints() -> Iterator[Bomb]:
     for name, write in {
         "of 2^40 numbers": lambda path: torch.save({"w": torch.ones(1).expand(2**40)}, path),
         "compressed": _packed,
-        "of 16 GiB of bytes": lambda path: path.write_bytes(pickle.dumps({"w": _Large()}, 2)) and None,
+        "of 16 GiB of bytes": _filling,
+        "of 16 GiB of bytes, old form": lambda path: path.write_bytes(pickle.dumps({"w": _Large()}, 2)) and None,
         "with shapes that lie": lambda path: _lying(shape)(path),
     }.items():
         yield Bomb(f"weights {name}", write, read_weights)

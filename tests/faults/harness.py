@@ -140,7 +140,9 @@ def measured(action: Callable[[], int | None], folder: Path, seconds: float = 60
         path.unlink(missing_ok=True)
 
     def run() -> int:
-        start = int(Path("/proc/self/statm").read_text().split()[1]) * mmap.PAGESIZE / 2**20
+        virtual, resident = (int(n) * mmap.PAGESIZE for n in Path("/proc/self/statm").read_text().split()[:2])
+        start = resident / 2**20
+        resource.setrlimit(resource.RLIMIT_AS, (virtual + 2**31, resource.RLIM_INFINITY))  # others work here too
         began, code = time.monotonic(), CRASHED
         try:
             code = action() or 0

@@ -10,6 +10,7 @@ import torch
 from toy_task import ToyTask, toy_config, train
 
 from mhmoe_vl import config
+from mhmoe_vl.checks import CHECKPOINT_FORMAT
 from mhmoe_vl.data.manifest import manifest_path
 from mhmoe_vl.data.shards import ShardSet
 from mhmoe_vl.data.transforms import decode_image
@@ -92,7 +93,7 @@ def _refused(found: Found, name: str, words: str, use) -> bool:
 
 
 def _newer_checkpoint(folder: Path, found: Found) -> bool:
-    state = {"step": 1, "format": checkpoint.FORMAT + 1, "package": "9.9.9"}
+    state = {"step": 1, "format": CHECKPOINT_FORMAT + 1, "package": "9.9.9"}
     last = checkpoint.save(folder / "newer", {"model": {"w": torch.ones(2)}}, state, "")
     return _refused(found, "checkpoint", "made by mhmoe_vl 9.9.9", lambda: checkpoint.read(last))
 

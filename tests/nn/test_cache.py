@@ -40,6 +40,20 @@ def test_text_is_cut_and_samples_are_chosen():
         assert torch.equal(found["text"], old["text"][[2, 2, 0, 1], :, :2])
 
 
+def test_an_image_is_kept_once_for_all_its_texts():
+    """Beams of an image share its keys: one copy a layer, not one a beam."""
+    cache, layer = KeyValueCache(), nn.Identity()
+    keys, values = streams(2, 5, 2, 1), streams(2, 5, 2, 1)
+    cache.extend(layer, keys, values)
+    kept = keys["image"].data_ptr()
+    for index in ([0, 0, 0, 1, 1, 1], [2, 0, 1, 5, 5, 3]):
+        cache.select(torch.tensor(index))
+        found, _ = cache.extend(layer, streams(6, 0, 6, 1), streams(6, 0, 6, 1))
+        assert torch.equal(found["image"], keys["image"][[0, 0, 0, 1, 1, 1]])
+        assert [s["image"].shape[0] for s in cache._all_streams()] == [2, 2]
+    assert cache._layers[layer][0]["image"].data_ptr() == kept
+
+
 def test_a_text_alone_has_no_image_to_hold():
     cache = KeyValueCache()
     cache.extend(nn.Identity(), {"text": torch.randn(1, 2, 4, 3)}, {"text": torch.randn(1, 2, 4, 3)})

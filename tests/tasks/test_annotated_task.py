@@ -11,6 +11,9 @@ import pytest
 from tiny_finetune import TASKS, WORLDS, finetune, log, settings
 from tiny_world import write_settings
 
+from mhmoe_vl.data.text import create_text_tokenizer
+from mhmoe_vl.tasks.pair_batch import read_text
+
 ROOT = Path(__file__).parents[2]
 EVERY = {"steps": 4, "log_every": 1, "save_every": 2, "keep_steps": True}
 
@@ -36,6 +39,15 @@ def test_a_run_that_goes_on_repeats_the_one_never_stopped(run, tmp_path):
     names = ("predictions/val_step-00000004.jsonl", "recorded/split.json")
     for name in names:
         assert (tmp_path / "run" / name).read_bytes() == (whole / name).read_bytes()
+
+
+@pytest.mark.parametrize("text", ["", "a cat", "one two three four five six", "\u8a9e" * 40])
+@pytest.mark.parametrize("max_len", [2, 3, 5, 8, 60])
+def test_a_text_is_cut_as_the_tokenizer_cuts(text, max_len):
+    tokenizer = create_text_tokenizer("bpe")
+    whole = tokenizer.encode(text, 1000)
+    found = read_text(tokenizer, text, max_len)
+    assert found == {"text": tokenizer.encode(text, max_len), "cut": len(whole) > max_len}
 
 
 @pytest.mark.slow

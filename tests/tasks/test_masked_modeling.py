@@ -17,7 +17,6 @@ from mhmoe_vl.data.sample import BadSample, Sample
 from mhmoe_vl.data.shards import ShardSet
 from mhmoe_vl.errors import ConfigError
 from mhmoe_vl.models.factory import build_encoder
-from mhmoe_vl.tasks.masked_batch import captions
 
 CPU = torch.device("cpu")
 
@@ -152,12 +151,12 @@ def test_captions_come_from_json_when_it_has_them():
     def sample(**members):
         return Sample("k", {name: value.encode() for name, value in members.items()}, "s.tar", 0)
 
-    assert captions(sample(txt="a dog", json='{"captions": [" a ", "", "b"]}')) == ["a", "b"]
-    assert captions(sample(txt="a dog", json='{"width": 3}')) == ["a dog"]
-    assert captions(sample(txt="a dog")) == ["a dog"]
+    assert sample(txt="a dog", json='{"captions": [" a ", "", "b"]}').captions() == ["a", "b"]
+    assert sample(txt="a dog", json='{"width": 3}').captions() == ["a dog"]
+    assert sample(txt="a dog").captions() == ["a dog"]
     for bad in (sample(txt=" "), sample(json='{"captions": [""]}', txt="x"), sample(cls="1")):
         with pytest.raises(BadSample, match=r"s\.tar"):
-            captions(bad)
+            bad.captions()
 
 
 @pytest.mark.parametrize(

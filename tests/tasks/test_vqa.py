@@ -7,13 +7,14 @@ import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from tiny_finetune import finetune, questions, settings, write_vqa
 from tiny_world import COLORS, write_settings
 
 from mhmoe_vl import commands
 from mhmoe_vl.errors import CheckpointError
 from mhmoe_vl.models.factory import load_head_weights
-from mhmoe_vl.models.heads import ClassList
+from mhmoe_vl.models.heads import ClassList, answer_head
 
 
 @pytest.fixture(scope="module")
@@ -74,11 +75,27 @@ def test_validation_pictures_held_out_of_training(world, tmp_path):
     assert {record["question_id"] // 1000 for record in records} == set(split["validation"])
 
 
-def test_a_head_for_other_answers_is_refused(finished, world, tmp_path, capsys):
-    other = write_settings(tmp_path / "c.yaml", settings("vqa", world, tmp_path / "run", min_answer_count=3))
-    (tmp_path / "answers.json").write_text(json.dumps(["no", "yes", *COLORS]))
-    code = finetune("vqa", "--config", other, "--init_from", finished, "--task.answers", tmp_path / "answers.json")
-    assert code == 2
+def test_a_head_for_other_answers_gives_all_but_its_last_layer(finished, world, tmp_path, capsys):
+    """As many answers as the run had, so that shapes alone would not tell."""
+    recorded = json.loads((finished / "recorded/answers.json").read_text())["answers"]
+    (tmp_path / "answers.json").write_text(json.dumps(recorded[::-1]))
+    config = write_settings(tmp_path / "c.yaml", settings("vqa", world, tmp_path / "run"))
+    options = ["--task.answers", tmp_path / "answers.json", "--optim.lr", "1e-30", "--train.steps", 1]
+    assert finetune("vqa", "--config", config, "--init_from", finished, *options) == 0
+    said = [line for line in capsys.readouterr().out.splitlines() if "another list of classes" in line]
+    assert len(said) == 1 and said[0].endswith("so head.3 starts anew")
+    before = load_file(finished / "checkpoints/best/model.safetensors")
+    after = load_file(tmp_path / "run/checkpoints/last/model.safetensors")
+    changed = {name for name, value in before.items() if not torch.equal(value, after[name])}
+    assert changed == {"head.3.weight", "head.3.bias", "answers.sha256"}
+
+
+def test_a_run_is_not_evaluated_with_other_answers(finished, tmp_path, capsys):
+    shutil.copytree(finished, tmp_path / "run")
+    file = tmp_path / "run/recorded/answers.json"
+    answers = json.loads(file.read_text())["answers"]
+    file.write_text(json.dumps({"answers": answers[::-1]}))
+    assert finetune("vqa", "--eval", tmp_path / "run") == 2
     assert "weights were trained for the list of classes" in capsys.readouterr().err
 
 
@@ -95,9 +112,18 @@ def test_heads_are_taken_where_name_and_shape_fit(finished, tmp_path):
     assert torch.equal(model.head.weight, start)
 
 
+def test_every_answer_starts_as_one_of_many():
+    """Not as likely as not, which the first steps would have to unlearn in all layers."""
+    torch.manual_seed(0)
+    head = answer_head(16, 500, norm_eps=1e-5)
+    probabilities = head(torch.randn(8, 16)).sigmoid()
+    assert torch.allclose(probabilities, torch.full_like(probabilities, 1 / 500), rtol=0.5)
+    assert answer_head(16, 1, norm_eps=1e-5)[-1].bias.isfinite().all()
+
+
 def test_a_class_list_knows_its_own():
-    ours, theirs = ClassList("ab" * 32), ClassList("cd" * 32)
-    ours.load_state_dict(ClassList("ab" * 32).state_dict())
+    ours, theirs = ClassList("ab" * 32, "head"), ClassList("cd" * 32, "head")
+    ours.load_state_dict(ClassList("ab" * 32, "head").state_dict())
     with pytest.raises(CheckpointError, match=r"for the list of classes cdcdcdcdcdcd\.\.\., this one is abababababab"):
         ours.load_state_dict(theirs.state_dict())
 

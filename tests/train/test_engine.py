@@ -6,6 +6,7 @@ import json
 import math
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -195,7 +196,7 @@ def test_a_damaged_checkpoint_costs_steps_but_not_the_run(tmp_path, whole, capsy
     path.write_bytes(data)
     assert train(tmp_path, {"dropout": 0.3}, **FULL) == 0
     told = capsys.readouterr().out
-    assert f"warning: {path}:router.weight:exp_avg_sq: damaged" in told and "continues from" in told
+    assert re.search(rf"^warning: {path}:\S+: damaged", told, re.M) and "continues from" in told
     assert_same_run(tmp_path, whole)
 
 

@@ -70,21 +70,22 @@ def test_layer_decay_needs_layers():
 
 
 class Headed(nn.Module):
-    """An encoder with layers; ``encoder_norm`` is not in it, whatever its name begins with, but as deep as its stem."""
+    """An encoder with layers, one of them called head, a head of its own, and a norm as deep as the stem that is in
+    neither of them, whatever its name begins with."""
 
     def __init__(self):
         super().__init__()
         self.encoder = Layered()
-        self.encoder_norm = nn.LayerNorm(2)
+        self.head_norm = nn.LayerNorm(2)
         self.head = nn.Linear(2, 2)
 
     def forward(self, x):
-        for layer in (self.encoder.stem, *self.encoder.blocks, self.encoder.head, self.encoder_norm, self.head):
+        for layer in (self.encoder.stem, *self.encoder.blocks, self.encoder.head, self.head_norm, self.head):
             x = layer(x)
         return x
 
     def group_matcher(self, coarse=False):
-        return {"stem": r"^encoder(?:\.stem|_norm)", "blocks": r"^encoder\.blocks\.(\d+)"}
+        return {"stem": r"^(?:encoder\.stem|head_norm)", "blocks": r"^encoder\.blocks\.(\d+)"}
 
 
 @pytest.mark.parametrize(
@@ -101,13 +102,13 @@ def test_head_learning_rate_by_hand(layer_decay, scales):
     )
     optim.set_learning_rate(optimizer, 0.1)
     expected = {f"encoder.{layer}": 0.1 * scale for layer, scale in scales.items()}
-    expected |= {"encoder_norm": 0.1 * 20 * scales["stem"], "head": 0.1 * 20}
+    expected |= {"head_norm": 0.1 * scales["stem"], "head": 0.1 * 20}
     groups = groups_by_name(model, optimizer.param_groups)
     assert groups.keys() == dict(model.named_parameters()).keys()
     for name, group in groups.items():
         layer, _, kind = name.rpartition(".")
         assert group["lr"] == pytest.approx(expected[layer]), name
-        assert group["weight_decay"] == (0.3 if kind == "weight" and layer != "encoder_norm" else 0.0), name
+        assert group["weight_decay"] == (0.3 if kind == "weight" and layer != "head_norm" else 0.0), name
 
 
 @pytest.mark.parametrize("layer_decay", [1.0, 0.65])
@@ -125,9 +126,11 @@ def test_without_a_factor_the_groups_are_timms(layer_decay):
     assert groups == expected
 
 
-def test_a_head_factor_needs_an_encoder():
-    with pytest.raises(ConfigError, match=r"optim.head_lr_factor: 20.0 for Layered, which has no encoder"):
-        optim.param_groups(Layered(), OptimConfig(head_lr_factor=20.0))
+def test_a_head_factor_needs_a_head():
+    with pytest.raises(
+        ConfigError, match=r"optim.head_lr_factor: 20.0 for Linear, which has no parameters in a submod"
+    ):
+        optim.param_groups(nn.Linear(2, 2), OptimConfig(head_lr_factor=20.0))
 
 
 def step(model, optimizer, seed):
