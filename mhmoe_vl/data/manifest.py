@@ -25,8 +25,8 @@ from .sample import EXTENSIONS, size_limit, split_name
 from .tar import BLOCK, Member, read_members
 
 VERSION = 1
-MAX_BYTES = 4 * 2**20
-"""Most bytes of a manifest (some 40,000 samples): JSON takes up to thirty times its size once it is read."""
+MAX_BYTES = 3 * 2**20
+"""Most bytes of a manifest (some 30,000 samples): JSON takes up to thirty times its size once it is read."""
 Place = tuple[int, int, int | None]
 """Offset and size of a member's data in bytes, and its crc32; none when nobody has read the data yet."""
 

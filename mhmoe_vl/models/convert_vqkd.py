@@ -66,7 +66,7 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
 
 
 def _refuse_bombs(path: Path) -> None:
-    """Refuse what could take any memory: compressed members, which torch.save never writes, and calls that fill some."""
+    """Refuse what could take any memory: compressed members, which torch.save never writes, and calls that fill it."""
     if not zipfile.is_zipfile(path):
         raise CheckpointError("not as torch.save writes since version 1.6 (save it again)")
     with zipfile.ZipFile(path) as archive:

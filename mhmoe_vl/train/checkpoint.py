@@ -37,7 +37,7 @@ from .. import __version__, distributed
 from ..checks import CHECKPOINT_FORMAT, check_format
 from ..errors import CheckpointError, one_line
 
-MAX_JSON_BYTES = 2 * 2**20
+MAX_JSON_BYTES = 2**20
 """Most bytes of a checkpoint's JSON files."""
 SHOWN = 5
 

@@ -228,10 +228,7 @@ def _fifo(path: Path) -> None:
 
 
 def _read_run(path: Path) -> None:
-    with suppress(MhmoeError):
-        checkpoint.newest(path, lambda text: None)
-    with suppress(MhmoeError):
-        checkpoint.read(path / "last")
+    checkpoint.newest(path, lambda text: None)
 
 
 def _packed(path: Path) -> None:
