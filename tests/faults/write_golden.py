@@ -1,6 +1,6 @@
 """Writes ``tests/golden/<version>``: a checkpoint, a shard with its manifest, and a configuration of this version.
 
-Run once when a version is released (``python -m faults.write_golden`` with ``tests`` on the path) and never changed
+Run once when a version is released (``PYTHONPATH=tests python -m faults.write_golden``) and never changed
 afterwards: later versions must read them, which ``old_files.py`` tests.
 """
 
