@@ -120,7 +120,7 @@ def run_folder(path: Path) -> Path:
 
 def build_task(settings: config.RunConfig) -> Any:
     """The task of a run; raises before data or accelerator are touched when sizes do not fit."""
-    from .tasks import captioning, masked_modeling, nlvr2, visual_tokenizer, vqa
+    from .tasks import captioning, imagenet, masked_modeling, nlvr2, visual_tokenizer, vqa
     from .tasks.base import InputSpec
 
     tasks = {
@@ -129,6 +129,7 @@ def build_task(settings: config.RunConfig) -> Any:
         "vqa": vqa.VQA,
         "nlvr2": nlvr2.NLVR2,
         "captioning": captioning.Captioning,
+        "imagenet": imagenet.ImageNet,
     }
     if settings.encoder is None and settings.task.kind != "visual_tokenizer":
         raise ConfigError("encoder: not set (add the section, or a file of configs/model)")

@@ -23,6 +23,7 @@ from .errors import ConfigError, one_line
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Pair = Annotated[tuple[PositiveInt, PositiveInt], Field(strict=False)]  # YAML has lists only
 NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Channels = Annotated[tuple[PositiveFloat, PositiveFloat, PositiveFloat], Field(strict=False)]
 
 
 class Section(pydantic.BaseModel):
@@ -210,17 +211,27 @@ class SentencePieceConfig(Section):
 TextTokenizerConfig = Annotated[BPEConfig | SentencePieceConfig, Field(discriminator="kind")]
 
 
-class AugmentConfig(Section):
+class CropConfig(Section):
     min_crop: Annotated[float, Field(gt=0, le=1)] = 0.2
     """smallest share of the picture that a random crop keeps"""
     flip: Fraction = 0.5
     """probability of a horizontal flip; set 0 where captions say left and right"""
     color_jitter: NonNegativeFloat = 0.4
     """strength of the brightness, contrast and saturation changes"""
+
+
+class AugmentConfig(CropConfig):
     rand_augment_ops: int = Field(0, ge=0)
     """operations of RandAugment per picture; 0 is off, BEiT-3 takes 2"""
     rand_augment_magnitude: Annotated[float, Field(ge=0, le=10)] = 7.0
     """strength of those operations"""
+
+
+class PolicyConfig(CropConfig):
+    policy: str | None = None
+    """a RandAugment of timm, such as rand-m9-mstd0.5-inc1"""
+    erase_prob: Fraction = 0.0
+    """probability of erasing a box of the picture with noise"""
 
 
 # --------------------------------------------------------------------------------------------- tasks
@@ -402,8 +413,45 @@ class CaptioningConfig(AnnotatedTaskConfig):
     """power of the length that a caption's log-probability is divided by"""
 
 
+class ImageNetConfig(Section):
+    """Classification of pictures in class folders (ImageFolder) or in shards with a cls member."""
+
+    kind: Literal["imagenet"] = "imagenet"
+    data_dir: str = "."
+    """folder that relative paths start from"""
+    train: str | list[str] = "train"
+    """folder of class folders, or shards: folder, tar file, brace pattern or http(s) address, or a list of them"""
+    val: str | list[str] | None = None
+    """the same for validation"""
+    val_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.1
+    """share of the pictures of train that validate instead, drawn by seed, while val is not set"""
+    classes: str | PositiveInt | None = None
+    """list of class names (JSON list, or one a line) or, for shards, their number; none takes train's folders sorted"""
+    batch_size: PositiveInt = 1024
+    """pictures per optimizer step, over all ranks and accumulated parts"""
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    """probability spread over all classes in the targets"""
+    mixup: NonNegativeFloat = 0.0
+    """alpha of Mixup; 0 is off"""
+    cutmix: NonNegativeFloat = 0.0
+    """alpha of CutMix; 0 is off"""
+    mix_prob: Fraction = 1.0
+    """probability that a step is mixed, where either is on"""
+    mix_switch_prob: Fraction = 0.5
+    """probability of CutMix instead of Mixup, where both are on"""
+    test_size: PositiveInt | Pair | None = None
+    """pixels, or (height, width), of pictures in evaluation; none means encoder.img_size"""
+    crop_pct: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """side of the centred crop in evaluation, over that of the largest one"""
+    mean: Channels = (0.5, 0.5, 0.5)
+    """taken off red, green and blue of 0 to 1"""
+    std: Channels = (0.5, 0.5, 0.5)
+    """that they are divided by then"""
+    augment: PolicyConfig = PolicyConfig(min_crop=0.08, color_jitter=0.0)
+
+
 TaskConfig = Annotated[
-    MaskedModelingConfig | VisualTokenizerTaskConfig | VQAConfig | NLVR2Config | CaptioningConfig,
+    MaskedModelingConfig | VisualTokenizerTaskConfig | VQAConfig | NLVR2Config | CaptioningConfig | ImageNetConfig,
     Field(discriminator="kind"),
 ]
 

@@ -126,7 +126,7 @@ def test_nothing_foreign_is_executed(path):
 
 
 def test_task_names_are_compared_nowhere_else():
-    kinds = {"masked_modeling", "visual_tokenizer", "vqa", "nlvr2", "captioning"}
+    kinds = {"masked_modeling", "visual_tokenizer", "vqa", "nlvr2", "captioning", "imagenet"}
     for path in SOURCES:
         if PACKAGE not in path.parents or path.name in ("cli.py", "config.py") or "tasks" in path.parts:
             continue

@@ -116,13 +116,16 @@ def test_every_field_of_a_class_is_an_argument_of_its_constructor():
     from mhmoe_vl.data.transforms import ImageTransform
     from mhmoe_vl.models.encoder import Encoder
     from mhmoe_vl.models.visual_tokenizer import VisualTokenizer
+    from mhmoe_vl.tasks.imagenet import ImageNet
     from mhmoe_vl.tasks.masked_modeling import MaskedModeling
 
+    policy = set(config.PolicyConfig.model_fields) - set(config.AugmentConfig.model_fields)
     pairs = {
         Encoder: (config.EncoderConfig, set()),
-        ImageTransform: (config.AugmentConfig, {"img_size", "second_size", "train", "whole"}),
+        ImageTransform: (config.AugmentConfig, {"img_size", "second_size", "train", "whole", "crop_pct"} | policy),
         VisualTokenizer: (config.VisualTokenizerConfig, set()),
         MaskedModeling: (config.MaskedModelingConfig, {"inputs", "seed", "accumulate"}),
+        ImageNet: (config.ImageNetConfig, {"inputs", "seed", "accumulate"}),
     }
     for built, (section, more) in pairs.items():
         arguments = set(inspect.signature(built).parameters)

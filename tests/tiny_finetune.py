@@ -1,4 +1,4 @@
-"""Fine-tuning runs that take seconds: one-coloured pictures with questions, statements and captions about them, in the
+"""Fine-tuning runs that take seconds: one-coloured pictures with questions, statements, captions and classes, in the
 official formats."""
 
 from __future__ import annotations
@@ -102,6 +102,16 @@ def write_captions(folder: Path) -> Path:
     return folder
 
 
+def write_imagenet(folder: Path) -> Path:
+    """Class folders of the four colours: six pictures each in train, three in val."""
+    for split, count in (("train", 6), ("val", 3)):
+        for color in COLORS:
+            (folder / split / color).mkdir(parents=True)
+            for number in range(count):
+                (folder / split / color / f"{number}.JPEG").write_bytes(picture(color))  # PNG inside, as in ImageNet
+    return folder
+
+
 def questions(split: str) -> dict[str, str]:
     """The section of a split of :func:`write_vqa`."""
     return {"questions": f"{split}_q.json", "annotations": f"{split}_a.json", "images": f"images/{split}"}
@@ -112,7 +122,7 @@ def annotated(name: str, images: str = "images") -> dict[str, str]:
     return {"annotations": name, "images": images}
 
 
-WORLDS = {"vqa": write_vqa, "nlvr2": write_nlvr2, "captioning": write_captions}
+WORLDS = {"vqa": write_vqa, "nlvr2": write_nlvr2, "captioning": write_captions, "imagenet": write_imagenet}
 TASKS = {
     "vqa": {
         "train": questions("train"), "val": questions("val"),
@@ -120,12 +130,14 @@ TASKS = {
     },
     "nlvr2": {"train": annotated("train.json"), "val": annotated("dev.json"), "batch_size": 16},
     "captioning": {"train": annotated("coco.json"), "val_fraction": 0.2, "batch_size": 16, "num_beams": 2},
+    "imagenet": {"val": "val", "batch_size": 8, "mixup": 0.8, "cutmix": 1.0},
 }  # fmt: skip
 
 
 def settings(kind: str, world: Path, out: Path, **task) -> dict:
     """A configuration of a task on its world; ``task`` replaces fields of its section."""
-    shared = {"augment": {"min_crop": 1.0, "flip": 0.0, "color_jitter": 0.0}, "max_text_len": 12}
+    shared = {"augment": {"min_crop": 1.0, "flip": 0.0, "color_jitter": 0.0}}
+    shared |= {} if kind == "imagenet" else {"max_text_len": 12}
     return {
         "output_dir": str(out),
         "encoder": ENCODER,

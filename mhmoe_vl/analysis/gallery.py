@@ -62,7 +62,8 @@ def write_gallery(run_dir: str | Path, items: Iterable[Mapping[str, Any]]) -> No
 
     Args:
         run_dir: the run folder.
-        items: cards as in the file (see above), all keys given, but ``images`` are paths of JPEG, PNG or WebP files.
+        items: cards as in the file (see above), all keys given, but ``images`` are paths of JPEG, PNG or WebP files, or
+            the bytes of such files.
     """
     run_dir = Path(run_dir)
     (run_dir / "gallery").mkdir(parents=True, exist_ok=True)
@@ -78,7 +79,7 @@ def write_gallery(run_dir: str | Path, items: Iterable[Mapping[str, Any]]) -> No
 def _copy(run_dir: Path, place: int, card: Mapping[str, Any]) -> dict[str, Any]:
     """The entry of a card, its pictures written."""
     try:
-        pictures = [_small_jpeg(Path(path)) for path in card["images"]]
+        pictures = [_small_jpeg(image if isinstance(image, bytes) else Path(image)) for image in card["images"]]
     except DataError:
         pictures = []
     names = [f"gallery/{place:03}-{i}.jpg" for i in range(len(pictures))]
@@ -100,21 +101,26 @@ def _replace(path: Path, data: bytes) -> None:
     os.replace(part, path)
 
 
-def _small_jpeg(path: Path) -> bytes:
+def _small_jpeg(source: Path | bytes) -> bytes:
     """A picture of at most 320 pixels to a side, written anew, so that nothing else of its file gets into a page."""
     try:
-        if not path.is_file():
-            raise DataError("no such file")
-        if path.stat().st_size > MAX_MEMBER_BYTES:
-            raise DataError(f"more than {MAX_MEMBER_BYTES} bytes")
-        picture = Image.fromarray(decode_image(path.read_bytes()).permute(1, 2, 0).numpy())
+        data = source if isinstance(source, bytes) else _file(source)
+        picture = Image.fromarray(decode_image(data).permute(1, 2, 0).numpy())
     except (OSError, DataError) as error:
-        what = one_line(error, 120)
-        raise DataError(f"{path}: not a picture to show: {what} (use JPEG, PNG or WebP)") from error
+        place, what = "gallery" if isinstance(source, bytes) else source, one_line(error, 120)
+        raise DataError(f"{place}: not a picture to show: {what} (use JPEG, PNG or WebP)") from error
     picture.thumbnail((PICTURE_SIDE, PICTURE_SIDE))
     file = io.BytesIO()
     picture.save(file, "JPEG", quality=85)
     return file.getvalue()
+
+
+def _file(path: Path) -> bytes:
+    if not path.is_file():
+        raise DataError("no such file")
+    if path.stat().st_size > MAX_MEMBER_BYTES:
+        raise DataError(f"more than {MAX_MEMBER_BYTES} bytes")
+    return path.read_bytes()
 
 
 # --------------------------------------------------------------------------------------------- reading

@@ -1,4 +1,4 @@
-"""From encoded pictures to uint8 tensors: safe decoding, and crops, jitter and RandAugment from a given generator."""
+"""From encoded pictures to uint8 tensors: safe decoding; crops, jitter, RandAugment, erasing from a given generator."""
 
 from __future__ import annotations
 
@@ -12,13 +12,14 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import torch
 from PIL import Image, ImageOps
-from timm.data import auto_augment
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, auto_augment
+from timm.data.random_erasing import RandomErasing
 from torch import Tensor
 from torchvision.io import ImageReadMode, decode_jpeg
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional
 
-from ..errors import ConfigError
+from ..errors import ConfigError, one_line
 from .sample import BadSample
 
 FORMATS = ("JPEG", "PNG", "WEBP")
@@ -48,6 +49,14 @@ RAND_AUGMENT_OPTIONS = {
     "img_mean": (128, 128, 128),
     "interpolation": Image.Resampling.BILINEAR,
 }
+
+POLICY_OPTIONS = {
+    "img_mean": tuple(round(255 * value) for value in IMAGENET_DEFAULT_MEAN),
+    "interpolation": Image.Resampling.BICUBIC,
+}
+"""Of a RandAugment policy by timm's name, as timm's own recipes set them."""
+TRANSLATED_SHARE = 0.45
+"""of the shorter side, at full strength (timm)"""
 
 _ADJUST = (functional.adjust_brightness, functional.adjust_contrast, functional.adjust_saturation)
 Box = tuple[int, int, int, int]
@@ -118,11 +127,14 @@ class ImageTransform:
 
     In training: a random crop of ``min_crop`` to all of the area with aspect 3/4 to 4/3, then a horizontal flip, then
     brightness, contrast and saturation each times ``1 - color_jitter .. 1 + color_jitter`` in random order, then
-    RandAugment. In evaluation: the largest centred crop of the output's shape. With ``second_size`` the same crop,
-    flip and jitter come in two sizes, one for the model and one for its visual tokenizer.
+    RandAugment, then random erasing. In evaluation: the largest centred crop of the output's shape. With
+    ``second_size`` the same crop, flip and jitter come in two sizes, one for the model and one for its visual
+    tokenizer.
 
-    RandAugment is timm's, with BEiT-3's operations and ranges: each of ``rand_augment_ops`` draws is one of
-    :data:`RAND_AUGMENT`, done with probability 0.45. BEiT-3's setting is 2 operations of magnitude 7.
+    RandAugment is timm's: with BEiT-3's operations and ranges for pairs (each of ``rand_augment_ops`` draws is one of
+    :data:`RAND_AUGMENT`, done with probability 0.45; BEiT-3's setting is 2 operations of magnitude 7), or one of
+    timm's policies by name (``policy``). Random erasing is timm's too: with ``erase_prob`` a box becomes normal noise
+    with ImageNet's mean and standard deviation.
 
     Args:
         img_size: pixels, or (height, width).
@@ -133,11 +145,14 @@ class ImageTransform:
         color_jitter: strength of the jitter.
         rand_augment_ops: operations of RandAugment; 0 is off.
         rand_augment_magnitude: their strength, 0 to 10.
+        policy: a RandAugment of timm, such as ``rand-m9-mstd0.5-inc1``, instead.
+        erase_prob: probability of erasing a box.
+        crop_pct: side of the centred crop in evaluation, over that of the largest one.
         whole: no crop in evaluation, nor in training when ``min_crop`` is 1: the whole picture is resized to the
             output's shape, whatever its own.
 
     Raises:
-        ConfigError: RandAugment together with a second size, because it moves pictures by pixels.
+        ConfigError: RandAugment together with a second size, because it moves pictures by pixels; an unknown policy.
     """
 
     def __init__(
@@ -151,13 +166,19 @@ class ImageTransform:
         color_jitter: float = 0.4,
         rand_augment_ops: int = 0,
         rand_augment_magnitude: float = 7.0,
+        policy: str | None = None,
+        erase_prob: float = 0.0,
+        crop_pct: float = 1.0,
         whole: bool = False,
     ) -> None:
         self.img_size = _pair(img_size)
         self.second_size = None if second_size is None else _pair(second_size)
         self.train, self.min_crop, self.flip, self.color_jitter = train, min_crop, flip, color_jitter
         self.rand_augment = _rand_augment(rand_augment_ops, rand_augment_magnitude) if rand_augment_ops else None
-        self.whole = whole
+        if policy is not None:
+            self.rand_augment = _policy(policy, min(self.img_size))
+        self.erase = RandomErasing(erase_prob, mode="pixel", device="cpu") if erase_prob else None
+        self.crop_pct, self.whole = crop_pct, whole
         if rand_augment_ops and self.second_size not in (None, self.img_size):
             sizes = f"pictures of two sizes, {self.img_size} and {self.second_size}"
             raise ConfigError(f"task.augment.rand_augment_ops: {rand_augment_ops} with {sizes} (set it to 0)")
@@ -191,7 +212,8 @@ class ImageTransform:
             result = functional.horizontal_flip(result) if flipped else result
             for adjust, factor in jitter if self.color_jitter else ():
                 result = adjust(result, factor)
-            return self._augmented(result, rng) if self.rand_augment else result
+            result = self._augmented(result, rng) if self.rand_augment else result
+            return self._erased(result, rng) if self.erase else result
 
         return self._sized(view)
 
@@ -200,11 +222,19 @@ class ImageTransform:
             return 0, 0, height, width
         if self.train:
             return random_box(height, width, self.min_crop, rng)
-        return center_box(height, width, self.img_size[1] / self.img_size[0])
+        top, left, h, w = center_box(height, width, self.img_size[1] / self.img_size[0])
+        inner_h, inner_w = (max(1, round(side * self.crop_pct)) for side in (h, w))
+        return top + (h - inner_h) // 2, left + (w - inner_w) // 2, inner_h, inner_w
 
     def _augmented(self, image: Tensor, rng: np.random.Generator) -> Tensor:
-        with _global_draws_from(rng):
+        with global_draws_from(rng):
             return functional.pil_to_tensor(self.rand_augment(functional.to_pil_image(image)))
+
+    def _erased(self, image: Tensor, rng: np.random.Generator) -> Tensor:
+        mean, std = (torch.tensor(v).view(3, 1, 1) * 255 for v in (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD))
+        with global_draws_from(rng):
+            erased = self.erase((image - mean) / std)
+        return (erased * std + mean).round().clamp(0, 255).to(torch.uint8)
 
     def _sized(self, view: Callable[[tuple[int, int]], Tensor]) -> Tensor | tuple[Tensor, Tensor]:
         first = view(self.img_size)
@@ -236,17 +266,30 @@ def _rand_augment(num_ops: int, magnitude: float) -> auto_augment.RandAugment:
     return auto_augment.RandAugment(ops, num_ops)
 
 
+def _policy(name: str, side: int) -> auto_augment.RandAugment:
+    options = POLICY_OPTIONS | {"translate_const": int(side * TRANSLATED_SHARE)}
+    try:
+        if not name.startswith("rand-"):
+            raise ValueError("another kind of policy")
+        return auto_augment.rand_augment_transform(name, options)
+    except (AssertionError, KeyError, ValueError) as error:
+        what = f"{one_line(name, 60)!r} is no RandAugment of timm"
+        raise ConfigError(f"task.augment.policy: {what} (write it as rand-m9-mstd0.5-inc1)") from error
+
+
 @contextlib.contextmanager
-def _global_draws_from(rng: np.random.Generator) -> Iterator[None]:
-    """Inside, the module-wide generators of Python and NumPy, which timm uses, follow ``rng``."""
-    ours, numpys = random.getstate(), np.random.get_state()
+def global_draws_from(rng: np.random.Generator) -> Iterator[None]:
+    """Inside, the module-wide generators of Python, NumPy and torch, which timm uses, follow ``rng``."""
+    ours, numpys, torchs = random.getstate(), np.random.get_state(), torch.get_rng_state()
     random.seed(int(rng.integers(2**32)))
     np.random.seed(rng.integers(2**32))
+    torch.default_generator.manual_seed(int(rng.integers(2**32)))
     try:
         yield
     finally:
         random.setstate(ours)
         np.random.set_state(numpys)
+        torch.set_rng_state(torchs)
 
 
 def _cut(image: Tensor, region: Box) -> Tensor:

@@ -321,6 +321,7 @@ def _saved_grid(file: Path, positions: Tensor) -> tuple[int, int] | None:
 def _left_out(key: str, encoder: Encoder) -> bool:
     """Whether a saved weight belongs to a branch or norm that ``encoder`` was built without."""
     absent = {"image", "text"} - set(encoder.modalities)
+    absent |= {"pair"} if absent else set()
     in_absent = any(f".{name}." in key or key.startswith(f"{name}_embed.") for name in absent)
     return in_absent or (key.startswith("norm.") and isinstance(encoder.norm, torch.nn.Identity))
 

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, one_line
 
 _STD = 0.02
-_SMALL = 0.001
+_NAME_BYTES = 255
 
 
 class Pooler(nn.Module):
@@ -45,7 +46,10 @@ def answer_head(dim: int, num_answers: int, *, norm_eps: float) -> nn.Sequential
 
 
 class StatementHead(nn.Module):
-    """BEiT-3's NLVR2 head: LayerNorm, linear to 2D, LayerNorm, GELU, linear to false and true (nearly 0 at the start).
+    """BEiT-3's NLVR2 head: LayerNorm, linear to 2D, LayerNorm, GELU, linear to false and true.
+
+    The published code starts the linear layers 1,000 times smaller. That is a saddle point where statement and pictures
+    tell the truth only together: neither layer gets a gradient before the other one has grown.
 
     Args:
         dim: token width D.
@@ -59,8 +63,6 @@ class StatementHead(nn.Module):
         self.dense1 = start(nn.Linear(num_features * dim, 2 * dim))
         self.norm2 = nn.LayerNorm(2 * dim, eps=norm_eps)
         self.dense2 = start(nn.Linear(2 * dim, 2))
-        with torch.no_grad():
-            self.dense2.weight.mul_(_SMALL)
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits ``(B, 2)`` of ``(B, num_features * D)``."""
@@ -72,6 +74,35 @@ def start(linear: nn.Linear) -> nn.Linear:
     nn.init.trunc_normal_(linear.weight, std=_STD)
     nn.init.zeros_(linear.bias)
     return linear
+
+
+class ClassNames(nn.Module):
+    """The names of a head's classes in their order: saved with the weights, and compared when weights are loaded.
+
+    Args:
+        names: at most 255 bytes each.
+    """
+
+    def __init__(self, names: Sequence[str]) -> None:
+        super().__init__()
+        rows = [list(name.encode().ljust(_NAME_BYTES, b"\0")) for name in names]
+        self.register_buffer("names", torch.tensor(rows, dtype=torch.uint8))
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *others: Any) -> None:
+        saved = state_dict.get(f"{prefix}names")
+        if saved is not None and saved.shape == self.names.shape:
+            differ = (saved.cpu() != self.names.cpu()).any(1).nonzero().flatten().tolist()
+            if differ:
+                theirs, ours = (_name(names[differ[0]]) for names in (saved, self.names))
+                raise CheckpointError(
+                    f"{prefix}names: class {differ[0]} is {theirs!r} in the weights and {ours!r} in the data;"
+                    f" {len(differ)} classes differ (give task.classes in the order of the weights)"
+                )
+        super()._load_from_state_dict(state_dict, prefix, *others)
+
+
+def _name(row: Tensor) -> str:
+    return one_line(bytes(row.tolist()).rstrip(b"\0").decode(errors="replace"), 60)
 
 
 class ClassList(nn.Module):

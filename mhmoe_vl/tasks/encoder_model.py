@@ -25,8 +25,7 @@ class EncoderModel(nn.Module):
 
     def output(self, values: dict[str, Tensor], features: EncoderOutput) -> ModelOutput:
         """``values`` with the losses and statistics of the encoder's experts."""
-        stats = dict(zip(self.encoder.moe_names, features.stats, strict=True))
-        return ModelOutput(values, features.aux_losses, stats)
+        return model_output(values, self.encoder, features)
 
     def no_weight_decay(self) -> set[str]:
         """Parameters that the optimizer should not shrink."""
@@ -35,6 +34,11 @@ class EncoderModel(nn.Module):
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """The encoder's layer groups, for layer-wise learning rates; the heads belong to the last one."""
         return {name: _below_encoder(group) for name, group in self.encoder.group_matcher(coarse).items()}
+
+
+def model_output(values: dict[str, Tensor], encoder: Encoder, features: EncoderOutput) -> ModelOutput:
+    """``values`` with the losses and statistics of the experts in ``encoder``, which gave ``features``."""
+    return ModelOutput(values, features.aux_losses, dict(zip(encoder.moe_names, features.stats, strict=True)))
 
 
 def _below_encoder(group: Any) -> Any:

@@ -154,14 +154,16 @@ class _Run:
         if any(entry != settings[0] for entry in distributed.gather_records(settings)):
             raise ConfigError("ranks were started with different configurations (use one command line for all)")
         found = checkpoint.share(lambda: resume.starting_point(self.run_dir, self.config, self.log.say))
-        if found is not None:
+        goes_on = found is not None
+        distributed.on_main(lambda: resume.keep_recorded(self.run_dir, self.task.recorded(), goes_on=goes_on))
+        if goes_on:
             self._restore(found)
-        distributed.on_main(lambda: self._begin_files(goes_on=found is not None))
+        place = (self.progress.step, self.progress.evaluated) if goes_on else (-1, -1)
+        distributed.on_main(lambda: self._begin_files(*place))
 
-    def _begin_files(self, *, goes_on: bool) -> None:
-        """Cut the log to what the run goes on from, hold its data to those it began with, write its configuration."""
-        self.log.cut(*((self.progress.step, self.progress.evaluated) if goes_on else (-1, -1)))
-        resume.keep_recorded(self.run_dir, self.task.recorded(), goes_on=goes_on)
+    def _begin_files(self, step: int, evaluated: int) -> None:
+        """Cut the log to what the run goes on from, and write its configuration."""
+        self.log.cut(step, evaluated)
         resume.write_config(self.run_dir / "config.yaml", self.config)
 
     def _restore(self, found: checkpoint.Checkpoint) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -80,11 +81,21 @@ def keep_recorded(run_dir: Path, files: Mapping[str, str], *, goes_on: bool) -> 
     Raises:
         ConfigError: the data are not those that the run began with.
     """
+    before = recorded(run_dir) if goes_on else {}
     for name, text in files.items():
-        path = run_dir / "recorded" / name
-        if goes_on and path.is_file() and path.read_text(encoding="utf-8") != text:
-            raise ConfigError(f"{path}: the data now give another one (restore the data, or name another output_dir)")
+        if before.get(name, text) != text:
+            what = f"the data now give another one: {_first_difference(before[name], text)}"
+            remedy = "restore the data, or name another output_dir"
+            raise ConfigError(f"{run_dir / 'recorded' / name}: {what} ({remedy})")
     write_texts(run_dir / "recorded", files)
+
+
+def _first_difference(before: str, now: str) -> str:
+    """Number of the first line that differs, with both lines."""
+    pairs = zip_longest(before.split("\n"), now.split("\n"), fillvalue="the end")
+    number, lines = next((n, lines) for n, lines in enumerate(pairs, 1) if len(set(lines)) > 1)
+    theirs, ours = (one_line(line.rstrip(","), 60) for line in lines)
+    return f"line {number}: {theirs} in the run, {ours} now"
 
 
 def recorded(run_dir: Path) -> dict[str, str]:

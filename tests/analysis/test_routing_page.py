@@ -10,10 +10,10 @@ import pytest
 import torch
 from known_router import drawn_colors, known_choices, write_run
 
+from mhmoe_vl.analysis import visualize as module
 from mhmoe_vl.analysis.routing_page import Shown, render
 from mhmoe_vl.analysis.samples import Item
 from mhmoe_vl.analysis.trace import LayerTrace, RoutingTrace, TokenTrace
-from mhmoe_vl.analysis.visualize import visualize
 from mhmoe_vl.config import EncoderConfig
 from mhmoe_vl.models.factory import build_encoder
 
@@ -46,8 +46,10 @@ def pages(tmp_path_factory) -> Path:
     config = {**sizes, "max_text_len": 8, "expert_pool": "per_modality", "ffn": ffn}
     build_encoder(EncoderConfig.model_validate(config)).save_pretrained(folder / "other")
     pictures = [str(folder / "pictures")]
-    visualize([str(saved)], pictures, TEXTS, out=folder / "one")
-    visualize([str(saved), str(folder / "other")], pictures, TEXTS, out=folder / "two", capacity=1.0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "_figures", lambda *given: {})
+        module.visualize([str(saved)], pictures, TEXTS, out=folder / "one")
+        module.visualize([str(saved), str(folder / "other")], pictures, TEXTS, out=folder / "two", capacity=1.0)
     return folder
 
 

@@ -13,12 +13,21 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageEnhance, ImageOps
+from timm.data import create_transform
+from timm.data.auto_augment import rand_augment_transform
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional
 
 from mhmoe_vl.data.loader import sample_rng
 from mhmoe_vl.data.sample import BadSample
-from mhmoe_vl.data.transforms import ImageTransform, _from_pil, center_box, decode_image, random_box
+from mhmoe_vl.data.transforms import (
+    ImageTransform,
+    _from_pil,
+    center_box,
+    decode_image,
+    global_draws_from,
+    random_box,
+)
 from mhmoe_vl.errors import ConfigError
 
 
@@ -347,3 +356,68 @@ def test_rand_augment_is_refused_with_two_sizes() -> None:
         encode(picture()), np.random.default_rng(0)
     )
     assert torch.equal(large, same)
+
+
+# --------------------------------------------------------------------- as timm's recipes classify pictures
+PLAIN = {"train": True, "whole": True, "min_crop": 1.0, "flip": 0.0, "color_jitter": 0.0}
+
+
+def test_a_policy_is_the_one_timm_makes_of_its_name() -> None:
+    image = picture(48, 48)
+    ours = ImageTransform(48, **PLAIN, policy="rand-m9-mstd0.5-inc1")
+    options = {"translate_const": 21, "img_mean": (124, 116, 104), "interpolation": Image.Resampling.BICUBIC}
+    theirs = rand_augment_transform("rand-m9-mstd0.5-inc1", options)
+    for number in range(40):
+        got = ours(encode(image), sample_rng(0, 0, number))
+        rng = sample_rng(0, 0, number)
+        random_draws = rng.random(), rng.permutation(3), rng.random(3)  # flip and jitter come first
+        assert len(random_draws) == 3
+        with global_draws_from(rng):
+            wanted = theirs(image)
+        assert np.array_equal(got.permute(1, 2, 0).numpy(), np.array(wanted))
+
+
+@pytest.mark.parametrize("name", ["rand-x9", "augmix-m3", "rand", "m9", "rand-m9-z3"])
+def test_an_unknown_policy_is_refused(name: str) -> None:
+    with pytest.raises(ConfigError, match=r"task\.augment\.policy: .* is no RandAugment of timm"):
+        ImageTransform(48, policy=name)
+
+
+def test_erasing_puts_noise_of_imagenets_colours_into_one_box() -> None:
+    grey = encode(Image.new("RGB", (64, 64), (10, 200, 90)))
+    transform = ImageTransform(64, **PLAIN, erase_prob=0.25)
+    changed, noise = [], []
+    for number in range(400):
+        image = transform(grey, sample_rng(0, 0, number))
+        found = (image != torch.tensor([10, 200, 90], dtype=torch.uint8).view(3, 1, 1)).any(0)
+        if found.any():
+            rows, columns = found.any(1).nonzero().flatten(), found.any(0).nonzero().flatten()
+            box = image[:, rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+            changed.append(box[0].numel() / 64**2)
+            noise.append(box.flatten(1).float())
+    assert abs(len(changed) / 400 - 0.25) < 0.06
+    assert min(changed) > 0.015 and max(changed) < 0.35
+    pixels = torch.cat(noise, 1) / 255  # clipped to 0 .. 1, which takes little off the spread
+    assert (pixels.mean(1) - torch.tensor([0.485, 0.456, 0.406])).abs().max() < 0.02
+    assert (pixels.std(1) - torch.tensor([0.229, 0.224, 0.225])).abs().max() < 0.03
+
+
+@pytest.mark.parametrize("size", [(400, 300), (300, 400), (257, 257)])
+@pytest.mark.parametrize("crop_pct", [0.875, 1.0])
+def test_evaluation_is_that_of_timm(size: tuple[int, int], crop_pct: float) -> None:
+    image = picture(*size)
+    theirs = create_transform(96, interpolation="bicubic", crop_pct=crop_pct, mean=(0, 0, 0), std=(1, 1, 1))
+    got, wanted = ImageTransform(96, crop_pct=crop_pct)(encode(image), None) / 255, theirs(image)
+    # timm resizes and then crops, which rounds size and place of the crop; another crop is far off.
+    assert (got - wanted).abs().mean() < 0.015
+    assert (ImageTransform(96, crop_pct=0.94)(encode(image), None) / 255 - wanted).abs().mean() > 0.02
+
+
+def test_policy_and_erasing_are_functions_of_the_sample_alone() -> None:
+    transform = ImageTransform(32, train=True, policy="rand-m9-mstd0.5-inc1", erase_prob=1.0)
+    data, before = encode(picture(90, 70)), torch.get_rng_state()
+    first = [transform(data, sample_rng(1, 0, number)) for number in range(10)]
+    random.seed(7), np.random.seed(7)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert all(torch.equal(transform(data, sample_rng(1, 0, number)), first[number]) for number in reversed(range(10)))
+    assert len({image.numpy().tobytes() for image in first}) == 10
