@@ -3,7 +3,7 @@ VENV ?= .venv
 PYTHON ?= python3
 RUN = $(VENV)/bin/python
 
-.PHONY: install demo test test-fast lint
+.PHONY: install demo test test-fast faults lint
 
 install: $(VENV)/.installed
 
@@ -21,6 +21,9 @@ test: install
 
 test-fast: install
 	$(RUN) -m pytest -n 2 --dist loadgroup -m "not slow"
+
+faults: install
+	PYTHONPATH=tests $(RUN) -m faults --readme
 
 lint: install
 	$(VENV)/bin/ruff check .

@@ -610,8 +610,21 @@ def run_config(kind: str) -> type[RunConfig]:
 
 
 # ------------------------------------------------------------------------------------------- loading
+MAX_BYTES = 100_000
+"""Most characters of a configuration file; parsing YAML takes a thousand times its size in memory."""
+
+
 class _StrictLoader(yaml.SafeLoader):
-    """YAML without tags, anchors' merge surprises or duplicate keys, and with 3e-4 read as a number."""
+    """YAML without tags, aliases or duplicate keys, and with 3e-4 read as a number."""
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        event = self.peek_event()
+        place = f"{event.start_mark.name}:{event.start_mark.line + 1}"
+        if isinstance(event, yaml.AliasEvent):
+            raise ConfigError(f"{place}: alias '*{one_line(event.anchor, 60)}' is refused (write the values again)")
+        if getattr(event, "tag", None) is not None:
+            raise ConfigError(f"{place}: tag {one_line(event.tag, 100)!r} is refused (use plain values)")
+        return super().compose_node(parent, index)
 
 
 def _mapping(loader: _StrictLoader, node: yaml.MappingNode) -> dict[str, Any]:
@@ -627,14 +640,7 @@ def _mapping(loader: _StrictLoader, node: yaml.MappingNode) -> dict[str, Any]:
     return result
 
 
-def _refuse_tag(loader: _StrictLoader, node: yaml.Node) -> Any:
-    raise ConfigError(
-        f"{node.start_mark.name}:{node.start_mark.line + 1}: tag {node.tag!r} is refused (use plain values)"
-    )
-
-
 _StrictLoader.add_constructor("tag:yaml.org,2002:map", _mapping)
-_StrictLoader.add_constructor(None, _refuse_tag)
 # YAML 1.1 reads 3e-4 as text, no/off/yes as booleans and 2020-01-01 as a date. Here scientific notation is a number,
 # only true and false are booleans, there are no dates, and none is null, as --help writes it.
 _YAML_WORDS = {f"tag:yaml.org,2002:{name}" for name in ("bool", "null", "timestamp")}
@@ -660,10 +666,17 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     path = Path(path)
     try:
         with path.open(encoding="utf-8") as file:
-            loaded = yaml.load(file, Loader=_StrictLoader)  # noqa: S506 (a SafeLoader without tags)
+            text = file.read(MAX_BYTES + 1)
+        if len(text) > MAX_BYTES:
+            raise ConfigError(f"{path}: more than {MAX_BYTES} characters (name a configuration file)")
+        loader = _StrictLoader(text)
+        loader.name = str(path)
+        loaded = loader.get_single_data()
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror} (name an existing YAML file)") from error
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+    except ConfigError:
+        raise
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # not UTF-8, a number of 5,000 digits
         mark = getattr(error, "problem_mark", None)
         place = f"{path}:{mark.line + 1}" if mark else str(path)
         raise ConfigError(
@@ -703,8 +716,10 @@ def parse_overrides(arguments: list[str]) -> dict[str, Any]:
             text = queue.pop(0)
         try:
             value = yaml.load(text, Loader=_StrictLoader)  # noqa: S506
-        except yaml.YAMLError as error:
-            raise ConfigError(f"--{name}: {text!r} cannot be read (quote it)") from error
+        except ConfigError:
+            raise
+        except (yaml.YAMLError, ValueError, RecursionError) as error:
+            raise ConfigError(f"--{name}: {one_line(text, 100)!r} cannot be read (quote it)") from error
         for part in reversed(name.replace("-", "_").split(".")):
             value = {part: value}
         result = merge(result, value)

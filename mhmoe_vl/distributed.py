@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import time
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from typing import Any
@@ -17,12 +18,16 @@ import torch.distributed as dist
 from torch import Tensor
 
 from . import errors
-from .errors import ConfigError, MhmoeError
+from .errors import ConfigError, MhmoeError, TrainingError, describe_os_error, one_line
 
 TIMEOUT = timedelta(minutes=30)
 """How long a collective waits for a lost or hung rank before the job ends."""
 
+GRACE = 5.0
+"""Seconds that ranks wait for each other's last words when a collective has failed."""
+
 _alone = False
+_store: dist.Store | None = None
 
 
 def _initialised() -> bool:
@@ -68,19 +73,77 @@ def select_device(name: str) -> torch.device:
     return torch.device("cuda", index)
 
 
-def init_process_group(device: torch.device, timeout: timedelta = TIMEOUT) -> None:
+def init_process_group(device: torch.device) -> None:
     """Join the ranks that ``torchrun`` started (NCCL on GPUs, gloo else); does nothing in a single process."""
+    global _store
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 or _initialised():
         return
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timeout)
+    store, number, world = next(dist.rendezvous("env://", timeout=TIMEOUT))
+    dist.init_process_group(
+        "nccl" if device.type == "cuda" else "gloo",
+        store=dist.PrefixStore("group", store),
+        rank=number,
+        world_size=world,
+        timeout=TIMEOUT,
+    )
+    _store = dist.PrefixStore("last words", store)
 
 
 def shutdown() -> None:
     """Leave the process group, if there is one."""
+    global _store
+    _store = None
     if _initialised():
         dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def lost_ranks_named() -> Iterator[None]:
+    """Inside, a collective that fails because another rank ended or hangs becomes one line that names the rank.
+
+    Every rank that fails leaves its last words where the others find them; who says nothing within :data:`GRACE` is
+    gone or hangs.
+
+    Raises:
+        TrainingError: on the ranks that waited for the lost one.
+    """
+    try:
+        yield
+    except Exception as error:
+        if world_size() == 1 or _store is None:
+            raise
+        waited = _is_collective(error)
+        words = "" if waited else one_line(error or type(error).__name__, 150)
+        lost = _last_words(words)
+        if not waited:
+            raise
+        named = "; ".join(f"rank {number}: {said}" for number, said in lost.items())
+        said = named or one_line(error, 100)
+        raise TrainingError(f"lost contact with other ranks: {said} (run the same command to go on)") from error
+
+
+def _is_collective(error: Exception) -> bool:
+    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
+
+
+def _last_words(mine: str) -> dict[int, str]:
+    """Leave ``mine`` (empty: this rank only waited), and hear who else ended: words, or silence, by rank."""
+    lost: dict[int, str] = {}
+    until = time.monotonic() + GRACE
+    try:
+        _store.set(str(rank()), mine)
+        silent = set(range(world_size())) - {rank()}
+        while silent and time.monotonic() < until:
+            for number in [number for number in silent if _store.check([str(number)])]:
+                silent.remove(number)
+                if words := _store.get(str(number)).decode(errors="replace"):
+                    lost[number] = words
+            time.sleep(0.05)
+    except (RuntimeError, OSError):  # the store lives with rank 0, where torchrun does not keep it
+        silent = {0}
+    return lost | dict.fromkeys(sorted(silent), "ended or hangs without a word")
 
 
 @contextlib.contextmanager
@@ -176,13 +239,15 @@ def broadcast_tensors(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def on_main(action: Callable[[], Any]) -> Any:
-    """The JSON value of ``action``, which only rank 0 runs; an error of ours in it is raised on every rank."""
+    """The JSON value of ``action``, which only rank 0 runs; an error of ours in it is raised on every rank, and one of
+    files and disks as a TrainingError."""
     outcome, raised = None, None
     if is_main():
         try:
             outcome = {"value": action()}
-        except MhmoeError as error:
-            outcome, raised = {"error": type(error).__name__, "message": str(error)}, error
+        except (MhmoeError, OSError) as error:
+            raised = error if isinstance(error, MhmoeError) else TrainingError(describe_os_error(error))
+            outcome = {"error": type(raised).__name__, "message": str(raised)}
     outcome = broadcast_json(outcome)
     if "error" in outcome:
         raise raised or getattr(errors, outcome["error"])(outcome["message"])

@@ -36,6 +36,12 @@ def one_line(text: object, limit: int = 300) -> str:
     return shown if len(shown) <= limit else shown[: limit - 3] + "..."
 
 
+def describe_os_error(error: OSError) -> str:
+    """What the operating system refused, with the file where it names one."""
+    place = "" if error.filename is None else f"{error.filename}: "
+    return f"{place}{error.strerror or error} (look at the disk's space and the file's permissions)"
+
+
 class OneLineParser(argparse.ArgumentParser):
     """An ``ArgumentParser``, and parent of such subparsers, whose errors are one line and exit code 2."""
 
@@ -45,7 +51,8 @@ class OneLineParser(argparse.ArgumentParser):
 
 
 def guard(action: Callable[[], int], *, debug: bool = False) -> int:
-    """The exit code of ``action``; an error of ours becomes one line on stderr and exit code 2, Ctrl-C becomes 130.
+    """The exit code of ``action``; an error of ours, or of files and disks, becomes one line on stderr and exit code
+    2, Ctrl-C becomes 130.
 
     Args:
         action: what a command does.
@@ -64,3 +71,8 @@ def guard(action: Callable[[], int], *, debug: bool = False) -> int:
     except BrokenPipeError:
         sys.stderr.close()
         return 1
+    except OSError as error:
+        if debug or error.errno is None:
+            raise
+        print(one_line(f"error: {describe_os_error(error)}"), file=sys.stderr)
+        return 2

@@ -16,6 +16,8 @@ from ..errors import OneLineParser, guard
 COMMANDS = {
     "make-manifest": "write the manifest beside each shard: exact counts, random access, checksums",
     "check-data": "list what is wrong with shards, annotation files and the pictures they name",
+    "check-checkpoint": "compare checkpoints with their checksums and list what is damaged",
+    "convert-checkpoint": "tensors of a torch.save file as safetensors; nothing in it is run",
     "score": "the official metrics of a predictions file: VQA accuracy, captions, NLVR2, COCO",
 }
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from tqdm import tqdm
 
-from ..data.manifest import Index, scan_fully
+from ..data.manifest import Index, member_at, scan_fully
 from ..data.sample import BadSample
 from ..data.shards import ShardSet, fetch_manifest, open_stream
 from ..errors import DataError
@@ -35,7 +35,9 @@ def _check_shard(url: str, manifest: Index | None, report: Report) -> Iterator[F
         with open_stream(url) as stream:
             index = scan_fully(stream, url)
     except (BadSample, OSError) as error:
-        yield Finding(url, "", getattr(error, "reason", "unreadable"), str(error))
+        byte = getattr(error, "byte", None)
+        member = "" if manifest is None or byte is None else member_at(manifest, byte)
+        yield Finding(url, member, getattr(error, "reason", "unreadable"), str(error))
         if manifest is not None:
             report.samples += len(manifest.samples)
             yield from _lost_samples(url)

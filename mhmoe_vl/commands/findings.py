@@ -1,4 +1,4 @@
-"""What ``check-data`` finds: one entry for everything that is wrong, counts, and both as a table."""
+"""What checks find: one entry for everything that is wrong, counts, and both as a table."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ class Finding:
     """One thing that is wrong.
 
     Attributes:
-        file: shard or annotation file.
-        place: member of the shard, or entry or line of the file; empty for all of it.
+        file: shard, annotation file, or file of a checkpoint.
+        place: member of the shard, entry or line of the file, or tensor; empty for all of it.
         reason: short words to count by.
         message: what is wrong.
     """
@@ -62,8 +62,8 @@ class Report:
     def table(self) -> str:
         """A line per problem (file, place, reason, what), one per annotation file, and the counts."""
         rows = [(one_line(p.file), one_line(p.place) or "-", p.reason, one_line(p.message)) for p in self.problems]
-        lines = _aligned(rows)
-        lines += _aligned([(one_line(f.file), f.kind or "not known", _size(f)) for f in self.files])
+        lines = aligned(rows)
+        lines += aligned([(one_line(f.file), f.kind or "not known", _size(f)) for f in self.files])
         counts = [f"{self.shards} shards, {self.samples} samples"] if self.shards else []
         counts += [f"{len(self.files)} annotation files"] if self.files else []
         counts = [", ".join([*counts, f"{len(rows)} problems"])]
@@ -80,7 +80,7 @@ def _size(file: AnnotationFile) -> str:
     return f"{file.entries} entries, {file.pictures} pictures"
 
 
-def _aligned(rows: Sequence[tuple[str, ...]]) -> list[str]:
+def aligned(rows: Sequence[tuple[str, ...]]) -> list[str]:
     """Rows of texts as lines, all but the last column padded."""
     widths = [max(map(len, column)) for column in list(zip(*rows, strict=True))[:-1]]
     return ["  ".join([*map(str.ljust, row, widths), row[-1]]) for row in rows]

@@ -7,12 +7,13 @@ the same samples at the same step, and to resume is to continue counting.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import os
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -339,7 +340,7 @@ class Loader:
         return len(self.numbers)
 
     def __iter__(self) -> Iterator[Any]:
-        for item in _named_failures(self._loader):
+        for item in _named_failures(self._loader, self.numbers):
             if isinstance(item, MhmoeError):
                 raise item
             yield item
@@ -355,15 +356,37 @@ def _leave_process_group(worker: int) -> None:
     os.setpgid(0, 0)
 
 
-def _named_failures(items: Iterable[Any]) -> Iterator[Any]:
-    """The items; the death or silence of a worker becomes a line, an exception in one passes as it is."""
+@contextlib.contextmanager
+def dead_workers_named() -> Iterator[None]:
+    """Inside, the death of a data worker, which torch tells of wherever the program just is, becomes a line.
+
+    Raises:
+        DataError: naming the process and what ended it.
+    """
     try:
-        yield from items
-    except (RuntimeError, ConnectionError, EOFError) as error:
-        if isinstance(error, RuntimeError) and not str(error).startswith("DataLoader"):
+        yield
+    except RuntimeError as error:
+        if not str(error).startswith("DataLoader worker"):
             raise
-        what = one_line(error or type(error).__name__, 150)
+        what = one_line(error, 150)
         raise DataError(f"data worker: {what} (lower num_workers, or look for too little memory)") from error
+
+
+def _named_failures(loader: DataLoader, numbers: Sequence[int]) -> Iterator[Any]:
+    """The items; the death or silence of a worker becomes a line, an exception in one passes as it is."""
+    items = iter(loader)
+    for place, number in enumerate(numbers):
+        try:
+            item = next(items)
+        except (RuntimeError, ConnectionError, EOFError) as error:
+            if isinstance(error, RuntimeError) and not str(error).startswith("DataLoader"):
+                raise
+            dead = [worker for worker, process in enumerate(getattr(items, "_workers", [])) if process.exitcode]
+            worker = dead[0] if dead else place % max(1, loader.num_workers)  # numbers go round the workers
+            who = f"data worker {worker} of {loader.num_workers}, waiting for {number}"
+            what = one_line(error or type(error).__name__, 120)
+            raise DataError(f"{who}: {what} (lower num_workers, or look for too little memory)") from error
+        yield item
 
 
 def step_loader(dataset: StepDataset | EvalBatches, start: int, stop: int, num_workers: int) -> Loader:

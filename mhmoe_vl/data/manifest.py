@@ -22,9 +22,11 @@ from typing import Any, BinaryIO
 
 from ..errors import DataError, one_line
 from .sample import EXTENSIONS, size_limit, split_name
-from .tar import Member, read_members
+from .tar import BLOCK, Member, read_members
 
 VERSION = 1
+MAX_BYTES = 3 * 2**20
+"""Most bytes of a manifest (some 30,000 samples): JSON takes up to thirty times its size once it is read."""
 Place = tuple[int, int, int | None]
 """Offset and size of a member's data in bytes, and its crc32; none when nobody has read the data yet."""
 
@@ -48,6 +50,15 @@ class Index:
     def count_left_out(self) -> dict[str, int]:
         """How many members were left out, by reason."""
         return dict(Counter(reason for _, reason in self.left_out))
+
+
+def member_at(index: Index, byte: int) -> str:
+    """Name of the member whose header or data hold a byte of the shard; empty for padding."""
+    for key, members in index.samples.items():
+        for extension, (offset, size, _) in members.items():
+            if offset - BLOCK <= byte < offset + size:
+                return f"{key}.{extension}"
+    return ""
 
 
 def manifest_path(shard: str | Path) -> Path:
@@ -137,6 +148,8 @@ def from_json(text: str | bytes, path: str) -> Index:
     Raises:
         DataError: not a manifest, or one of another version.
     """
+    if len(text) > MAX_BYTES:
+        raise DataError(f"{path}: manifest of more than {MAX_BYTES} bytes (pack smaller shards)")
     try:
         document = json.loads(text)
         version = document["version"]
@@ -176,7 +189,8 @@ def read_manifest(shard: str | Path) -> Index | None:
     """
     path = manifest_path(shard)
     try:
-        return from_json(path.read_bytes(), str(path))
+        with path.open("rb") as file:
+            return from_json(file.read(MAX_BYTES + 1), str(path))
     except FileNotFoundError:
         return None
     except OSError as error:

@@ -1,29 +1,34 @@
 """Reading shards over http: ranges and whole streams, with time limits, retries, and no other protocol.
 
-Three attempts are made with pauses between them; no progress for 30 seconds counts as a failed attempt. Redirects
-are followed to http and https only.
+A failed attempt is told of and repeated three times, after longer and longer pauses; no byte for 30 seconds, or less
+than a kilobyte a second over a minute, counts as failure. Redirects are followed to http and https only.
 """
 
 from __future__ import annotations
 
 import contextlib
 import http.client
+import logging
 import re
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TypeVar
 
-from ..errors import ConfigError
+from ..errors import ConfigError, one_line
 from .sample import BadSample
 
 TIMEOUT = 30.0
-PAUSES = (0.5, 2.0)
+PAUSES = (0.5, 2.0, 8.0)
+LEAST_RATE = 1000.0
+"""bytes a second, looked at once an attempt has taken twice ``TIMEOUT``"""
+PIECE = 2**16
 _TRANSIENT = (408, 425, 429, 500, 502, 503, 504)
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:")
 
 Result = TypeVar("Result")
+logger = logging.getLogger(__name__)
 
 
 def is_url(name: str) -> bool:
@@ -88,28 +93,40 @@ def _attempt(url: str, action: Callable[[], Result]) -> Result:
     for pause in (*PAUSES, None):
         try:
             return action()
-        except (OSError, http.client.HTTPException) as error:  # URLError, timeouts and resets are OSErrors
+        except (OSError, http.client.HTTPException, ValueError) as error:  # URLError, timeouts, resets are OSErrors
             status = error.code if isinstance(error, urllib.error.HTTPError) else None
             if isinstance(error, urllib.error.HTTPError):
                 error.close()
+            what = f"http {status}" if status else f"{error or type(error).__name__}"
             if pause is None or (status is not None and status not in _TRANSIENT):
-                what = f"http {status}" if status else f"{error or type(error).__name__}"
                 message = f"{url}: {what} (check the address and the server)"
                 raise BadSample(message, reason="unreachable", shard=url) from error
+        logger.warning("%s: %s; tried again in %g s", one_line(url), one_line(what, 100), pause)
         time.sleep(pause)
     raise AssertionError("the last attempt returns or raises")
+
+
+def _read(response: http.client.HTTPResponse, size: int) -> Iterator[bytes]:
+    """The body piece by piece, at most ``size`` bytes of it."""
+    began, arrived = time.monotonic(), 0
+    while arrived < size and (piece := response.read1(min(PIECE, size - arrived))):
+        arrived += len(piece)
+        yield piece
+        seconds = time.monotonic() - began
+        if seconds > 2 * TIMEOUT and arrived < LEAST_RATE * seconds:
+            raise _Cut(f"{arrived} bytes in {seconds:.0f} s")
 
 
 def fetch_range(url: str, start: int, size: int) -> bytes:
     """``size`` bytes from ``start`` of an address whose server serves ranges.
 
     Raises:
-        BadSample: reason ``"unreachable"`` after three attempts.
+        BadSample: reason ``"unreachable"`` after four attempts.
     """
 
     def attempt() -> bytes:
         with _open(url, f"{start}-{start + size - 1}") as response:
-            data = response.read(size)
+            data = b"".join(_read(response, size))
         if len(data) != size:
             raise _Cut(f"{len(data)} bytes arrived of {size}")
         return data
@@ -117,24 +134,24 @@ def fetch_range(url: str, start: int, size: int) -> bytes:
     return _attempt(url, attempt) if size else b""
 
 
-def fetch_optional(url: str, limit: int = 2**30) -> bytes | None:
+def fetch_optional(url: str, limit: int) -> bytes | None:
     """The body of an address; none when the server says there is nothing (404, 403, 410).
 
     Raises:
-        BadSample: reason ``"unreachable"`` after three attempts, or larger than ``limit`` bytes.
+        BadSample: reason ``"unreachable"`` after four attempts, or larger than ``limit`` bytes.
     """
 
     def attempt() -> bytes | None:
         try:
             with _open(url, None) as response:
-                data = response.read(limit + 1)
-                expected = response.headers.get("Content-Length")
+                data = b"".join(_read(response, limit + 1))
+                expected = response.headers.get("Content-Length", "")
         except urllib.error.HTTPError as error:
             if error.code in (403, 404, 410):
                 error.close()
                 return None
             raise
-        if expected is not None and len(data) < min(int(expected), limit + 1):
+        if expected.isdecimal() and len(data) < min(int(expected), limit + 1):
             raise _Cut(f"{len(data)} bytes arrived of {expected}")
         return data
 
@@ -162,7 +179,8 @@ class RemoteStream:
         response = _open(self.url, None)
         length = response.headers.get("Content-Length", "")
         self.total = int(length) if length.isdecimal() else None
-        self.tag = response.headers.get("ETag")
+        tag = response.headers.get("ETag", "W/")
+        self.tag = response.headers.get("Last-Modified") if tag.startswith("W/") else tag  # weak tags know no ranges
         return response
 
     def seekable(self) -> bool:
@@ -178,12 +196,12 @@ class RemoteStream:
             if self.response.closed:
                 self.response = self._connect()
             try:
-                while len(data) < size and (piece := self.response.read(size - len(data))):
+                for piece in _read(self.response, size - len(data)):
                     data.extend(piece)
                     self.position += len(piece)
                 if len(data) < size and self.total is not None and self.position < self.total:
                     raise _Cut(f"{self.position} bytes arrived of {self.total}")
-            except (OSError, http.client.HTTPException):
+            except (OSError, http.client.HTTPException, ValueError):
                 self.response.close()
                 raise
 

@@ -28,11 +28,14 @@ class BadSample(DataError):
         reason: short words to count by (``"checksum"``, ``"truncated"``, ``"image"``, ...).
         shard: file or address it came from; empty where that is not known yet.
         member: name or key inside the shard; empty when it is the shard as a whole.
+        byte: position of a damaged header in the shard; none where it is not about one.
     """
 
-    def __init__(self, message: str, *, reason: str = "bad", shard: str = "", member: str = "") -> None:
+    def __init__(
+        self, message: str, *, reason: str = "bad", shard: str = "", member: str = "", byte: int | None = None
+    ) -> None:
         super().__init__(one_line(message))
-        self.reason, self.shard, self.member = reason, shard, member
+        self.reason, self.shard, self.member, self.byte = reason, shard, member, byte
 
 
 def split_name(name: str) -> tuple[str, str] | None:

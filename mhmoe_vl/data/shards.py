@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from ..errors import ConfigError, DataError
-from .manifest import Index, from_json, make_manifest, read_manifest, refusal, scan
+from .manifest import MAX_BYTES, Index, from_json, make_manifest, read_manifest, refusal, scan
 from .remote import RemoteStream, check_scheme, fetch_optional, fetch_range, is_url
 from .sample import EXTENSIONS, MAX_MEMBER_BYTES, BadSample, Sample, split_name
 from .tar import read_members
@@ -28,6 +28,8 @@ from .tar import read_members
 __all__ = ["BadSample", "NoIndexError", "Sample", "ShardSet", "expand_shards", "make_manifest", "stream_samples"]
 
 MAX_SHARDS = 1_000_000
+MAX_SAMPLE_BYTES = MAX_MEMBER_BYTES + 2**20
+"""Most bytes from the first to the last member of a sample: one picture of the largest size, and texts."""
 OPEN_SHARDS = 64
 _BRACES = re.compile(r"\{([^{}]*)\}")
 
@@ -223,7 +225,7 @@ def fetch_manifest(url: str) -> Index | None:
     if not is_url(url):
         return read_manifest(url)
     address = url.removesuffix(".tar") + ".manifest.json"
-    text = fetch_optional(address)
+    text = fetch_optional(address, MAX_BYTES)
     return None if text is None else from_json(text, address)
 
 
@@ -245,7 +247,7 @@ def _read(shard: _OpenShard, key: str, places: list[tuple[str, int, int, int]]) 
     """The members of a sample in one read: writers put them side by side."""
     start = min(offset for _, offset, _, _ in places)
     stop = max(offset + size for _, offset, size, _ in places)
-    if stop - start > len(EXTENSIONS) * MAX_MEMBER_BYTES:
+    if stop - start > MAX_SAMPLE_BYTES:
         raise _bad(shard.url, key, "scattered", f"members spread over {stop - start} bytes (pack the shard again)")
     block = shard.read(start, stop - start)
     members = {}
@@ -305,6 +307,10 @@ def _groups(stream: object, url: str, on_bad: Callable[[BadSample], None]) -> It
             if members:
                 yield current, members
             current, members = key, {}
+        if sum(map(len, members.values())) + len(data) > MAX_SAMPLE_BYTES:
+            what = f"sample of more than {MAX_SAMPLE_BYTES} bytes (pack smaller pictures)"
+            on_bad(_bad(url, member.name, "size", what))
+            continue
         if (key in seen and not members) or extension in members:
             on_bad(_bad(url, member.name, "duplicate", "this name or key came before (pack the shard again)"))
             continue

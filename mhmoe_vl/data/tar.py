@@ -97,7 +97,7 @@ class _Reader:
 
     def error(self, reason: str, what: str) -> BadSample:
         message = f"{self.shard}:byte {self.position}: {what} (fetch or pack the shard again)"
-        return BadSample(message, reason=reason, shard=self.shard)
+        return BadSample(message, reason=reason, shard=self.shard, byte=self.position if reason == "header" else None)
 
     def header(self) -> tarfile.TarInfo | None:
         """The next header; none at a proper end of the archive."""

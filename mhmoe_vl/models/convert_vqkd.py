@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import pickletools
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from ..errors import CheckpointError, one_line
+
+MAX_PICKLE_BYTES = 8 * 2**20
+"""Most bytes of the part that names the tensors of a ``torch.save`` file."""
 
 # ours -> published
 _PREFIXES = {
@@ -36,20 +41,52 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     """Tensors by name from a .safetensors file, or from a ``torch.save`` file (its "model" entry if it has one).
 
     Raises:
-        CheckpointError: the file is missing, unreadable, or holds something other than tensors by name.
+        CheckpointError: the file is missing, unreadable, holds something other than tensors by name, or would unpack to
+            more than its size.
     """
     path = Path(path)
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
+        _refuse_bombs(path)
         with torch.serialization.safe_globals([argparse.Namespace]):  # released files carry their arguments
             loaded = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # there is no common base of what a damaged file makes the two readers raise
         raise CheckpointError(f"{path}: cannot be read: {one_line(error, 160)} (name a whole checkpoint)") from error
     weights = loaded.get("model", loaded) if isinstance(loaded, dict) else {}
-    if not weights or not all(isinstance(value, Tensor) for value in weights.values()):
+    if not weights or not all(type(k) is str and isinstance(v, Tensor) for k, v in weights.items()):
         raise CheckpointError(f"{path}: holds no tensors by name (name a file with a state dict)")
+    for name, value in weights.items():
+        if value.layout != torch.strided or value.nbytes > value.untyped_storage().nbytes():
+            shape = one_line(tuple(value.shape), 60)
+            raise CheckpointError(
+                f"{path}: {one_line(name, 80)!r} of shape {shape} is not stored whole (name another file)"
+            )
     return weights
+
+
+def _refuse_bombs(path: Path) -> None:
+    """Refuse what could take any memory: compressed members, which torch.save never writes, and calls that fill it."""
+    if not zipfile.is_zipfile(path):
+        raise CheckpointError("not as torch.save writes since version 1.6 (save it again)")
+    with zipfile.ZipFile(path) as archive:
+        members = archive.infolist()
+        if any(member.compress_type != zipfile.ZIP_STORED for member in members):
+            raise CheckpointError("compressed members")
+        for member in members:
+            if member.filename.endswith("data.pkl"):
+                if member.file_size > MAX_PICKLE_BYTES:
+                    raise CheckpointError(f"data.pkl of {member.file_size} bytes")
+                _refuse_filling(archive.read(member))
+
+
+def _refuse_filling(stream: bytes) -> None:
+    """``bytearray`` and ``encode`` pass torch's own list of harmless names, and make gigabytes of one number."""
+    strings: list[str] = []
+    for _, value, _ in pickletools.genops(stream):
+        strings += str(value).split() if isinstance(value, str) else []
+    if found := {"bytearray", "encode"} & set(strings):
+        raise CheckpointError(f"calls {sorted(found)[0]}")
 
 
 def from_published(weights: dict[str, Tensor], source: str | Path) -> dict[str, Tensor]:

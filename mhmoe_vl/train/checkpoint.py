@@ -6,6 +6,7 @@
         model.safetensors  ema.safetensors (optional)  optimizer.safetensors
         state.json         counters, versions
         config.yaml        of the run
+        tensors.json       CRC-32 of every tensor, to tell which one is damaged
         checksums.json     SHA-256 of every file above
         COMPLETE           SHA-256 of checksums.json, written last
 
@@ -15,18 +16,20 @@ the new one is complete. ``best`` and ``step-...`` are hard links to the same fi
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import math
 import os
 import shutil
-from collections.abc import Callable, Mapping
+import zlib
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -34,6 +37,8 @@ from .. import __version__, distributed
 from ..checks import CHECKPOINT_FORMAT, check_format
 from ..errors import CheckpointError, one_line
 
+MAX_JSON_BYTES = 2**20
+"""Most bytes of a checkpoint's JSON files."""
 SHOWN = 5
 
 
@@ -87,8 +92,12 @@ def save(root: Path, parts: Mapping[str, Mapping[str, Tensor]], state: Mapping[s
 
 def _write(folder: Path, parts: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any], config: str) -> None:
     folder.mkdir()
+    sums: dict[str, dict[str, int]] = {}
     for part, tensors in parts.items():
-        save_file(_separate(tensors), folder / f"{part}.safetensors")
+        file, tensors = folder / f"{part}.safetensors", separate(tensors)
+        save_file(tensors, file)
+        sums[file.name] = {name: _crc32(tensor) for name, tensor in tensors.items()}
+    (folder / "tensors.json").write_text(json.dumps(sums))
     versions = {"format": CHECKPOINT_FORMAT, "package": __version__, "torch": str(torch.__version__)}
     (folder / "state.json").write_text(json.dumps({**versions, **state}, indent=1))
     (folder / "config.yaml").write_text(config)
@@ -134,7 +143,7 @@ def _replace(new: Path, final: Path, old: Path) -> None:
     _flush(final.parent)
 
 
-def _separate(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def separate(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """CPU copies where the file format needs them: it refuses tensors that share memory, such as tied weights."""
     seen: set[int] = set()
     result = {}
@@ -146,9 +155,19 @@ def _separate(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _refuse_non_finite(tensors: Mapping[str, Tensor], place: str) -> None:
+    for name in not_finite(tensors):
+        raise CheckpointError(f"{place}: {name!r} is not finite (go back to an earlier checkpoint)")
+
+
+def not_finite(tensors: Mapping[str, Tensor]) -> Iterator[str]:
+    """Names of the tensors that hold NaN or infinity."""
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-            raise CheckpointError(f"{place}: {name!r} is not finite (go back to an earlier checkpoint)")
+            yield name
+
+
+def _crc32(tensor: Tensor) -> int:
+    return zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy())
 
 
 def _flush(path: Path) -> None:
@@ -165,26 +184,82 @@ def _sha256(path: Path) -> str:
 
 
 # ------------------------------------------------------------------------------------------- reading
+class Damage(NamedTuple):
+    """One thing that is wrong with a checkpoint: in which file and tensor (empty where none can be named)."""
+
+    file: Path
+    tensor: str
+    what: str
+
+
+def find_damage(path: Path) -> Iterator[Damage]:
+    """What its checksums say against the checkpoint in folder ``path``, file by file; nothing when it is whole."""
+    sums = path / "checksums.json"
+    try:
+        listed, complete = _read_small(sums), _read_small(path / "COMPLETE")
+        checksums = json.loads(listed)
+        needed = {"model.safetensors", "state.json"} <= checksums.keys()
+    except OSError as error:
+        yield Damage(Path(error.filename or path), "", f"{error.strerror}: not a whole checkpoint")
+        return
+    except (ValueError, RecursionError, AttributeError, TypeError):
+        yield Damage(sums, "", "damaged, not a list of checksums")
+        return
+    if complete.strip() != hashlib.sha256(listed).hexdigest().encode():
+        yield Damage(sums, "", "damaged, or COMPLETE is")
+    elif not needed:
+        yield Damage(sums, "", "model or state is not listed")
+    for name, expected in checksums.items():
+        file = path / name
+        if file.parent != path or file.is_symlink() or (file.exists() and not file.is_file()):
+            yield Damage(file, "", "listed, but no file of this folder")
+            continue
+        try:
+            if _sha256(file) != expected:
+                yield Damage(file, _damaged_tensor(path, name), "damaged, its checksum differs")
+        except OSError as error:
+            yield Damage(file, "", f"{error.strerror}: not a whole checkpoint")
+
+
+def _read_small(path: Path) -> bytes:
+    if path.is_symlink() or (path.exists() and not path.is_file()):
+        raise OSError(errno.EINVAL, "no plain file", str(path))
+    with path.open("rb") as file:
+        return file.read(MAX_JSON_BYTES)  # cut short, it is no JSON
+
+
+def _damaged_tensor(path: Path, name: str) -> str:
+    """The first tensor of a damaged file that differs; empty where the damage is elsewhere, or nobody can tell."""
+    try:
+        sums = json.loads(_read_small(path / "tensors.json"))[name]
+        with safe_open(path / name, "pt") as file:
+            return next((key for key, crc in sums.items() if _crc32(file.get_tensor(key)) != crc), "")
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError, SafetensorError):
+        return ""
+
+
 def verify(path: Path) -> None:
     """Hold a checkpoint to its checksums.
 
     Raises:
         CheckpointError: it is unfinished, or a file is missing or damaged.
     """
+    for file, tensor, what in find_damage(path):
+        raise CheckpointError(f"{one_line(f'{file}:{tensor}'.rstrip(':'))}: {what} (take another checkpoint)")
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """The counters in folder ``path``.
+
+    Raises:
+        CheckpointError: they are no such JSON, or come from a later version.
+    """
     try:
-        listed = (path / "checksums.json").read_bytes()
-        complete = (path / "COMPLETE").read_text(encoding="utf-8", errors="replace")
-        if complete.strip() != hashlib.sha256(listed).hexdigest():
-            raise CheckpointError(f"{path}/checksums.json: damaged (take another checkpoint)")
-        checksums = json.loads(listed)
-        if not {"model.safetensors", "state.json"} <= checksums.keys():
-            raise CheckpointError(f"{path}/checksums.json: model or state is not listed (take another checkpoint)")
-        for name, expected in checksums.items():
-            if Path(name).name != name or _sha256(path / name) != expected:
-                raise CheckpointError(f"{path}/{name}: damaged, its checksum differs (take another checkpoint)")
-    except OSError as error:
-        missing = one_line(error.filename or path)
-        raise CheckpointError(f"{missing}: {error.strerror}: not a whole checkpoint (take another one)") from error
+        state = json.loads(_read_small(path / "state.json"))
+    except (OSError, ValueError, RecursionError):
+        state = None
+    check_format(state, path)
+    return state
 
 
 def read(path: Path) -> Checkpoint:
@@ -194,8 +269,7 @@ def read(path: Path) -> Checkpoint:
         CheckpointError: it is not whole, comes from a later version, or holds values that are not finite.
     """
     verify(path)
-    state = json.loads((path / "state.json").read_bytes())
-    check_format(state, path)
+    state = read_state(path)
     try:
         tensors = {file.stem: load_file(file) for file in sorted(path.glob("*.safetensors"))}
     except SafetensorError as error:
@@ -230,8 +304,8 @@ def newest(root: Path, say: Callable[[str], None]) -> Checkpoint | None:
 def _order(path: Path) -> tuple[float, str]:
     """By step; what cannot even tell its step counts as newest, so that it is reported and not passed over."""
     try:
-        return int(json.loads((path / "state.json").read_bytes())["step"]), path.name
-    except (OSError, ValueError, KeyError, TypeError):
+        return int(json.loads(_read_small(path / "state.json"))["step"]), path.name
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
         return math.inf, path.name
 
 

@@ -23,10 +23,11 @@ from torch import nn
 from .. import config as configuration
 from .. import distributed
 from ..config import RunConfig, TrainConfig
-from ..data.loader import step_loader
+from ..data.loader import dead_workers_named, step_loader
 from ..errors import ConfigError, TrainingError, one_line
 from ..tasks.base import Batch, Record, Task
 from . import checkpoint, optim, resume
+from .alarms import CollapseAlarm, SpikeAlarm
 from .evaluation import predict, predictions_path, write_predictions, write_texts
 from .log import RunLog
 from .step import Autocast, Trainer
@@ -34,6 +35,8 @@ from .system import StopSignals, lock, peak_memory_mb, raise_malloc_thresholds, 
 
 MAX_SKIPPED_IN_A_ROW = 10
 MAX_FAILED_SAVES = 3
+SHOWN = 3
+"""names of what is not finite in a warning"""
 BAD_WINDOW = 1000
 """samples of which ``max_bad_fraction`` may be bad before the run has seen as many"""
 
@@ -47,7 +50,8 @@ def session(config: TrainConfig) -> Iterator[torch.device]:
     device = distributed.select_device(config.device)
     distributed.init_process_group(device)
     try:
-        yield device
+        with distributed.lost_ranks_named(), dead_workers_named():
+            yield device
     finally:
         distributed.shutdown()
 
@@ -97,6 +101,7 @@ class Progress:
         best: best value of the task's metric since training began, found at ``best_step``.
         skipped: updates left out because loss or gradient was not finite; ``skipped_in_a_row`` of them just now.
         samples: samples used, ``texts_cut`` of them with a text too long; ``bad`` counts those left out, by reason.
+        last_used: by pool, the last logged step at which each expert was chosen.
     """
 
     step: int = 0
@@ -108,6 +113,7 @@ class Progress:
     samples: int = 0
     texts_cut: int = 0
     bad: dict[str, int] = field(default_factory=dict)
+    last_used: dict[str, list[int]] = field(default_factory=dict)
 
 
 class _Clock:
@@ -139,6 +145,7 @@ class _Run:
         self.saved: tuple[int, int] | None = None
         self.failed_saves = 0
         self._begin()
+        self.routing_alarm, self.loss_alarm = CollapseAlarm(self.progress.last_used), SpikeAlarm()
         self.trainer.distribute()
 
     def _begin(self) -> None:
@@ -149,13 +156,15 @@ class _Run:
         found = checkpoint.share(lambda: resume.starting_point(self.run_dir, self.config, self.log.say))
         goes_on = found is not None
         distributed.on_main(lambda: resume.keep_recorded(self.run_dir, self.task.recorded(), goes_on=goes_on))
-        if found is None:
-            self.log.cut(-1, -1)
-        else:
+        if goes_on:
             self._restore(found)
-            self.log.cut(self.progress.step, self.progress.evaluated)
-        if distributed.is_main():
-            resume.write_config(self.run_dir / "config.yaml", self.config)
+        place = (self.progress.step, self.progress.evaluated) if goes_on else (-1, -1)
+        distributed.on_main(lambda: self._begin_files(*place))
+
+    def _begin_files(self, step: int, evaluated: int) -> None:
+        """Cut the log to what the run goes on from, and write its configuration."""
+        self.log.cut(step, evaluated)
+        resume.write_config(self.run_dir / "config.yaml", self.config)
 
     def _restore(self, found: checkpoint.Checkpoint) -> None:
         trainer = self.trainer
@@ -163,8 +172,8 @@ class _Run:
         optim.load_optimizer_tensors(trainer.model, trainer.optimizer, found.tensors["optimizer"])
         if trainer.ema is not None:
             checkpoint.load_weights(trainer.ema.module, found.weights, found.path)
-        state = {"texts_cut": 0} | found.state  # older checkpoints do not count them
-        self.progress = Progress(**{entry.name: state[entry.name] for entry in fields(Progress)})
+        known = {entry.name for entry in fields(Progress)}  # older checkpoints have fewer
+        self.progress = Progress(**{name: value for name, value in found.state.items() if name in known})
         self.saved = (self.progress.step, self.progress.evaluated)
         if self.progress.step < self.config.train.steps:
             self.log.say(f"continues from {found.path}, step {self.progress.step}")
@@ -202,9 +211,10 @@ class _Run:
             self._note_bad(sum((Counter(part.bad) for part in parts), Counter()))
         logged = (progress.step + 1) % self.config.train.log_every == 0 or progress.step + 1 == self.config.train.steps
         seed_all(self.config.seed, progress.step, distributed.rank())
-        done = self.trainer.update(progress.step, parts, counts, logged=logged)
+        with self._memory_named(counts.samples):
+            done = self.trainer.update(progress.step, parts, counts, logged=logged)
         progress.step += 1
-        self._note_skipped(done.updated)
+        self._note_skipped(done.not_finite)
         self.clock.add(time.perf_counter() - began, sum(counts.samples), counts.images)
         self.log.advance()
         if logged:
@@ -212,8 +222,27 @@ class _Run:
             values |= {"skipped": progress.skipped} | {f"bad/{reason}": n for reason, n in progress.bad.items()}
             if progress.texts_cut:
                 values["texts_cut"] = progress.texts_cut
+            collapsed, alarms = self.routing_alarm.check(progress.step, values)
+            values |= {"collapsed": collapsed} if progress.last_used else {}
+            for alarm in filter(None, [*alarms, self.loss_alarm.check(values["loss"])]):
+                self.log.say(f"warning: step {progress.step}: {alarm}")
             self.log.write(progress.step, "train", values)
             self.clock = _Clock()
+
+    @contextlib.contextmanager
+    def _memory_named(self, samples: list[int]) -> Iterator[None]:
+        """Turns the failure to get memory, for which torch has no one type, into a line."""
+        try:
+            yield
+        except (MemoryError, RuntimeError) as error:
+            if isinstance(error, RuntimeError) and "memory" not in str(error):
+                raise
+            peak = peak_memory_mb(self.device)
+            raise TrainingError(
+                f"{self.run_dir}: out of memory in step {self.progress.step + 1}, parts of {samples} samples over all"
+                f" ranks, {peak:,.0f} MiB at most so far (lower batch_size or raise train.accumulate; the last"
+                " checkpoint stands)"
+            ) from error
 
     def _stop(self, number: int) -> int:
         if self.saved != (self.progress.step, self.progress.evaluated):
@@ -253,22 +282,24 @@ class _Run:
                 " (mend the data or raise the limit; the last checkpoint stands)"
             )
 
-    def _note_skipped(self, updated: bool) -> None:
-        """Count updates that were left out.
+    def _note_skipped(self, not_finite: list[str]) -> None:
+        """Count updates that were left out, and say why.
 
         Raises:
             TrainingError: too many in a row.
         """
         progress = self.progress
-        progress.skipped_in_a_row = 0 if updated else progress.skipped_in_a_row + 1
-        if updated:
+        progress.skipped_in_a_row = progress.skipped_in_a_row + 1 if not_finite else 0
+        if not not_finite:
             return
         progress.skipped += 1
-        self.log.say(f"warning: step {progress.step} skipped: loss or gradient is not finite")
+        more = f" and {len(not_finite) - SHOWN} more" if len(not_finite) > SHOWN else ""
+        what = f"not finite: {', '.join(not_finite[:SHOWN])}{more}"
+        self.log.say(one_line(f"warning: step {progress.step} skipped: {what}"))
         if progress.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
             raise TrainingError(
                 f"{self.run_dir}: {MAX_SKIPPED_IN_A_ROW} steps in a row without a finite loss and gradient, the last is"
-                f" {progress.step} (lower optim.lr; the last checkpoint stands)"
+                f" {progress.step}, {one_line(what, 120)} (lower optim.lr; the last checkpoint stands)"
             )
 
     # -------------------------------------------------------------------------- evaluations and saves
@@ -287,11 +318,18 @@ class _Run:
         if progress.step and better:
             progress.best, progress.best_step = score, progress.step
         if distributed.is_main():
-            path = predictions_path(self.run_dir, progress.step)
-            write_predictions(path, records, keep=[predictions_path(self.run_dir, progress.best_step)])
-            if progress.best_step in (-1, progress.step):
-                write_texts(path.parent, task.submission(records))
+            self._write_predictions(records)
         self.log.write(progress.step, "val", scores)
+
+    def _write_predictions(self, records: list[Record]) -> None:
+        """A full disk costs the predictions of one evaluation, not the run."""
+        path, best = predictions_path(self.run_dir, self.progress.step), self.progress.best_step
+        try:
+            write_predictions(path, records, keep=[predictions_path(self.run_dir, best)])
+            if best in (-1, self.progress.step):
+                write_texts(path.parent, self.task.submission(records))
+        except OSError as error:
+            self.log.say(f"warning: {path.parent}: {one_line(error.strerror)} (predictions are lost, training goes on)")
 
     def _save(self) -> None:
         """Write a checkpoint; a full disk is survived until the next one, but not three times or at the end."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
@@ -43,10 +44,12 @@ class Counts(NamedTuple):
 
 
 class Step(NamedTuple):
-    """What an update did: whether it was made, and the numbers of its log line (empty when not asked for)."""
+    """What an update did: whether it was made, the numbers of its log line (empty when not asked for), and what kept
+    it from being made (empty when it was): losses, routers by layer and rank, gradients by parameter."""
 
     updated: bool
     values: dict[str, Any]
+    not_finite: list[str]
 
 
 class Trainer:
@@ -87,32 +90,56 @@ class Trainer:
         return Counts(targets, totals[len(names) : -3], *totals[-3:])
 
     def update(self, step: int, parts: list[Batch], counts: Counts, *, logged: bool) -> Step:
-        """Update ``step`` from this rank's ``parts``; left out on all ranks when any loss or gradient is not finite."""
+        """Update ``step`` from this rank's ``parts``; left out on all ranks when any loss or gradient is not finite:
+        weights, buffers and optimizer state are then as before."""
+        buffers = [buffer.clone() for buffer in self.model.buffers()]
         parts = [part for part, samples in zip(parts, counts.samples, strict=True) if samples]
-        routing = RoutingTotals()
+        routing, stats = RoutingTotals(), []
         sums = torch.zeros(len(counts.targets) + len(self.aux_weights), device=self.device)
         for number, part in enumerate(parts):
             alone = number < len(parts) - 1 and self.network is not self.model
             with self.network.no_sync() if alone else nullcontext():
-                sums += self._backward(part, counts.targets, len(parts), routing if logged else None)
+                part_sums, part_stats = self._backward(part, counts.targets, len(parts))
+            sums += part_sums
+            stats.append(part_stats)
+            if logged:
+                routing.add(part_stats)
         self._complete_gradients()
         norm = optim.gradient_norm(self.parameters, self.config.optim.clip_grad)
-        losses = distributed.all_reduce_sum(sums)
+        # Nothing, or NaN where this rank alone sees a bad gradient, so that all ranks decide alike.
+        totals = distributed.all_reduce_sum(torch.cat([sums, 0 * norm[None]]))
         lr = optim.learning_rate(step, self.config.train.steps, self.config.optim)
-        finite = bool(parts) and bool(torch.isfinite(torch.cat([losses, norm[None]])).all())
+        losses = totals[:-1]
+        finite = bool(parts) and bool(torch.isfinite(totals).all())
         if finite:
             optim.set_learning_rate(self.optimizer, lr)
             self.optimizer.step()
             if self.ema is not None:
                 self.ema.update(self.model)
+        named = self._named(losses.tolist(), list(counts.targets)) if logged or not finite else {}
+        not_finite = [] if finite else self._not_finite(named, stats)
+        if not finite:
+            for buffer, before in zip(self.model.buffers(), buffers, strict=True):
+                buffer.copy_(before)
         self.optimizer.zero_grad()
         if not logged:
-            return Step(finite, {})
-        values = self._named(losses.tolist(), list(counts.targets))
-        return Step(finite, values | {"grad_norm": float(norm), "lr": lr} | routing.values())
+            return Step(finite, {}, not_finite)
+        return Step(finite, named | {"grad_norm": float(norm), "lr": lr} | routing.values(), not_finite)
 
-    def _backward(self, part: Batch, targets: dict[str, int], num_parts: int, routing: RoutingTotals | None) -> Tensor:
-        """Add a part's gradients; its share of each loss term, in the order of ``targets``, then of ``aux_weights``.
+    def _not_finite(self, losses: dict[str, float], stats: list[dict[str, Any]]) -> list[str]:
+        """What is not finite, over all ranks: routers first, then losses, then gradients."""
+        pools = {name for part in stats for name, pool in part.items() if not torch.isfinite(pool.entropy)}
+        mine = [{"pool": name, "rank": distributed.rank()} for name in sorted(pools)]
+        routers = [f"router of {found['pool']} (rank {found['rank']})" for found in distributed.gather_records(mine)]
+        terms = [name for name, value in losses.items() if name != "loss" and not math.isfinite(value)]
+        names = {id(parameter): name for name, parameter in self.model.named_parameters()}
+        gradients = [p for p in self.parameters if not torch.isfinite(p.grad).all()]
+        found = routers + terms + [f"gradient of {names[id(parameter)]}" for parameter in gradients]
+        return found or ["no samples"]
+
+    def _backward(self, part: Batch, targets: dict[str, int], num_parts: int) -> tuple[Tensor, dict[str, Any]]:
+        """Add a part's gradients. Gives its share of each loss term, in the order of ``targets``, then of
+        ``aux_weights``, and its routing statistics.
 
         Terms are divided by the targets of all ranks and parts. Data-parallel training averages gradients over ranks,
         so terms are multiplied by the number of ranks; auxiliary losses are equal on all ranks as they are.
@@ -129,12 +156,10 @@ class Trainer:
         objective = objective + sum(v.flatten()[:0].sum() for v in output.values.values() if v.requires_grad)
         if isinstance(objective, Tensor) and objective.requires_grad:
             objective.backward()
-        if routing is not None:
-            routing.add(output.stats)
         zero = torch.zeros((), device=self.device)
         values = [shares.get(name, zero) for name in targets]
         values += [aux.get(name, zero) / world for name in self.aux_weights]
-        return torch.stack([value.detach() for value in values])
+        return torch.stack([value.detach() for value in values]), output.stats
 
     def _complete_gradients(self) -> None:
         """A parameter that no batch has used yet gets a zero gradient, on one rank as on many."""

@@ -12,7 +12,10 @@ from torch import nn
 from mhmoe_vl.errors import CheckpointError
 from mhmoe_vl.train import checkpoint
 
-FILES = ("COMPLETE", "checksums.json", "config.yaml", "model.safetensors", "optimizer.safetensors", "state.json")
+FILES = (
+    "COMPLETE", "checksums.json", "config.yaml", "model.safetensors", "optimizer.safetensors", "state.json",
+    "tensors.json",
+)  # fmt: skip
 
 
 def save(root: Path, step: int) -> Path:

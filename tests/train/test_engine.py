@@ -6,6 +6,7 @@ import json
 import math
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -195,7 +196,7 @@ def test_a_damaged_checkpoint_costs_steps_but_not_the_run(tmp_path, whole, capsy
     path.write_bytes(data)
     assert train(tmp_path, {"dropout": 0.3}, **FULL) == 0
     told = capsys.readouterr().out
-    assert f"warning: {path}: damaged" in told and "continues from" in told
+    assert re.search(rf"^warning: {path}:\S+: damaged", told, re.M) and "continues from" in told
     assert_same_run(tmp_path, whole)
 
 
@@ -248,7 +249,7 @@ def test_another_configuration_is_refused(tmp_path, options):
 def test_a_step_that_is_not_finite_changes_nothing(tmp_path):
     train(tmp_path, {"nan_at": (3,)}, **FULL, train__save_every=1, train__keep_steps=True)
     before, after = tensors(tmp_path, "step-00000003"), tensors(tmp_path, "step-00000004")
-    assert all(torch.equal(before[key], after[key]) for key in before if not key.endswith("/calls"))
+    assert all(torch.equal(before[key], after[key]) for key in before)
     lines = {line["step"]: line for line in metrics(tmp_path) if line["split"] == "train"}
     assert lines[4]["loss"] is None and [lines[step]["skipped"] for step in (3, 4, 6)] == [0, 1, 1]
     assert all(torch.isfinite(value).all() for value in tensors(tmp_path).values())
