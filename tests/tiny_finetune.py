@@ -158,7 +158,9 @@ WORLDS = {
 }  # fmt: skip
 CROP = {"min_crop": 1.0, "flip": 0.0, "color_jitter": 0.0}
 PAIRS = {"augment": CROP, "max_text_len": 12}
-LR = {"detection": 1e-3}  # which proposals are sampled jumps where scores are close, so differences grow faster
+LR = {"detection": 1e-6}
+"""Proposals are taken by the rank of their scores, which rounding exchanges where they are close: runs on one and two
+processes are alike as long as weights are. Each step then tests data, sampling and sums by itself."""
 TASKS = {
     "vqa": {
         **PAIRS, "train": questions("train"), "val": questions("val"),
