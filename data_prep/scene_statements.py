@@ -41,7 +41,7 @@ ALIKE = {
         ("have the same number of shapes", "do not have the same number of shapes"),
     ),
 }
-ALIKE_KINDS = (*("background",) * 4, "count")
+ALIKE_KINDS = (*("background",) * 5, "count")
 DENIED = 0.25
 """How often "The images have the same background." comes with its denial."""
 OTHERS = ("the {other} one", "the {other} {image}", "the other {image}", "the other one")
@@ -226,7 +226,7 @@ def more_topic(rng: np.random.Generator) -> Topic:
     return Topic((first, second), true_of, simple_scene)
 
 
-TOPICS = (*(alike_topic,) * 6, *(quantified_topic,) * 3, more_topic)
+TOPICS = (*(alike_topic,) * 12, *(quantified_topic,) * 3, more_topic)
 
 
 def make_statements(rng: np.random.Generator, image_size: int) -> StatementSet:
