@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from scene_captions import caption
-from scene_drawing import COLORS, SHAPES, Point, Scene, SceneObject, draw_mask, pick, sample_scene
+from scene_drawing import COLORS, FEW, SHAPES, Point, Scene, SceneObject, draw_mask, pick, sample_scene
 from scene_files import Files
 
 NUM_CAPTIONS = 5
@@ -41,7 +41,7 @@ class Instances(NamedTuple):
 
 def make_captioned(rng: np.random.Generator, image_size: int) -> Captioned:
     """A scene with captions by lot; the same caption may come twice."""
-    scene = sample_scene(rng, image_size)
+    scene = sample_scene(rng, image_size, FEW)
     return Captioned(scene, tuple(caption(scene, "en", rng) for _ in range(NUM_CAPTIONS)))
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import zlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, TypeVar
@@ -39,8 +40,10 @@ TEXTURES = ("plain", "striped", "dotted")
 RADII = {"small": 0.10, "large": 0.18}
 """Radius of the circle around a shape, as a share of the picture's side; single shapes differ from it by up to 8 %."""
 COUNTS = (1, 2, 3, 4)
+VAL_SHARE = 8
+"""One in so many contents of simple scenes is kept for validation."""
 FEW = (1, 1, 1, 1, 1, 1, 2, 2, 3, 4)
-"""Numbers of shapes in a scene, alike likely; the simpler scenes are for questions and statements."""
+"""Numbers of shapes in a scene, alike likely; the simpler scenes are for questions, statements and captions."""
 
 MARGIN, GAP = 0.03, 0.03
 CLEAR = 1.5
@@ -168,6 +171,14 @@ class Scene:
         """What a description in words could tell apart: the scene without its exact positions."""
         looks = tuple((o.shape, o.color, o.size) for o in self.objects)
         return self.background, looks, tuple(self.relations())
+
+    def is_for_val(self) -> bool:
+        """Whether the scene is kept for validation, where simple scenes are drawn.
+
+        The checksum of its content says it: of simple scenes there are few, and nearly all would stand in the training
+        set if it had the first choice.
+        """
+        return zlib.crc32(repr(self.content()).encode()) % VAL_SHARE == 0
 
     def record(self) -> dict[str, Any]:
         """The ground truth as JSON values."""

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import collections
 import json
-import zlib
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,8 +19,6 @@ OTHER_WORD, MISTAKE, TYPO = 0.15, 0.06, 0.02
 """How often an annotator says the truth in another word where there is one, errs, or types "other" answers wrongly."""
 UNSURE = 0.1
 """How often an annotator who is right is not sure of it."""
-VAL_SHARE = 8
-"""One in so many contents of scenes is kept for validation."""
 
 OTHER_WORDS = {
     "gray": ("grey", "silver"),
@@ -99,15 +96,6 @@ def make_asked(rng: np.random.Generator, image_size: int) -> Asked:
     scene = sample_scene(rng, image_size, FEW)
     questions = ask(scene, rng, NUM_QUESTIONS)
     return Asked(scene, tuple((q, tuple(annotate(q, rng) for _ in range(NUM_ANNOTATORS))) for q in questions))
-
-
-def is_for_val(asked: Asked) -> bool:
-    """Whether a scene is kept for validation.
-
-    The checksum of its content says it: of simple scenes there are few, and nearly all would stand in the training set
-    if it had the first choice.
-    """
-    return zlib.crc32(repr(asked.scene.content()).encode()) % VAL_SHARE == 0
 
 
 def annotate(question: Question, rng: np.random.Generator) -> Answer:

@@ -26,7 +26,7 @@ from scene_coco import captions_files, instances_files, make_captioned, make_ins
 from scene_drawing import SHAPES, Scene, pick, sample_scene
 from scene_files import Files, encode, write_files
 from scene_statements import is_for_dev, make_statements, nlvr2_files
-from scene_vqa import is_for_val, make_asked, vqa_files
+from scene_vqa import make_asked, vqa_files
 
 from mhmoe_vl.data.manifest import write_text
 from mhmoe_vl.data.writing import Members
@@ -132,11 +132,18 @@ def scene_content(item: Any) -> set[Hashable]:
     return {item.scene.content()}
 
 
+def scene_is_for_val(item: Any) -> bool:
+    """Whether an example's scene is kept for validation."""
+    return item.scene.is_for_val()
+
+
 STREAMS = {
     "pairs": Stream(2000, "pairs", make_pair, scene_content, shards(pair_members, pair_truth)),
     "images": Stream(2000, "pictures", sample_scene, lambda s: {s.content()}, shards(picture_members, Scene.record)),
     "texts": Stream(4000, "texts", make_text, lambda text: {text}, shards(text_members)),
-    "vqa": Stream(1500, "pictures with 6 questions each", make_asked, scene_content, official(vqa_files), is_for_val),
+    "vqa": Stream(
+        1500, "pictures with 6 questions each", make_asked, scene_content, official(vqa_files), scene_is_for_val
+    ),
     "nlvr2": Stream(
         1000,
         "sets of 1 or 2 statements about the same 4 pairs",
@@ -146,7 +153,12 @@ STREAMS = {
         is_for_dev,
     ),
     "captions": Stream(
-        2000, "pictures with 5 English captions each", make_captioned, scene_content, official(captions_files)
+        2000,
+        "pictures with 5 English captions each",
+        make_captioned,
+        scene_content,
+        official(captions_files),
+        scene_is_for_val,
     ),
     "coco": Stream(
         2000,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 from pathlib import Path
 
 import numpy as np
@@ -112,6 +113,6 @@ def settings(world: Path, out: Path, **changes) -> dict:
 
 
 def write_settings(path: Path, values: dict) -> Path:
-    """``values`` as a YAML file."""
-    path.write_text("# a test's configuration\n" + yaml.safe_dump(values))
+    """``values`` as a YAML file; copied as JSON first, since PyYAML writes a section that stands twice as an alias."""
+    path.write_text("# a test's configuration\n" + yaml.safe_dump(json.loads(json.dumps(values))))
     return path

