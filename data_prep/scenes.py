@@ -3,11 +3,11 @@
 Shards: OUT/pairs/{train,val}: jpg; txt, a caption (half are English, the rest German, French, Spanish or Chinese);
 json, the ground truth. OUT/images/{train,val}: jpg. OUT/texts/{train,val}: txt, captions of other scenes, the five
 languages alike often. Beside the shards of pairs and images, scenes.jsonl holds the ground truth by key.
-Official files with folders of pictures: OUT/vqa, VQA v2; OUT/nlvr2, NLVR2, two statements about four pairs each;
+Official files with folders of pictures: OUT/vqa, VQA v2; OUT/nlvr2, NLVR2, one or two statements about four pairs each;
 OUT/captions, COCO's captions, five a picture; OUT/coco, COCO's instances with masks, the category is the shape;
 OUT/imagefolder/{train,val}/<shape>, one shape a picture.
-No validation scene has the content of a training scene of its stream, no validation text is a training text, and no
-statement stands in both train.json and dev.json.
+No validation scene of pairs, images, vqa, captions and coco has the content of a training scene, no validation text is a
+training text, and no statement stands in both train.json and dev.json.
 """
 
 from __future__ import annotations
