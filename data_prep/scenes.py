@@ -6,8 +6,8 @@ languages alike often. Beside the shards of pairs and images, scenes.jsonl holds
 Official files with folders of pictures: OUT/vqa, VQA v2; OUT/nlvr2, NLVR2, one or two statements about four pairs each;
 OUT/captions, COCO's captions, five a picture; OUT/coco, COCO's instances with masks, the category is the shape;
 OUT/imagefolder/{train,val}/<shape>, one shape a picture.
-No validation scene of pairs, images, vqa, captions and coco has the content of a training scene, no validation text is a
-training text, and no statement stands in both train.json and dev.json.
+No validation scene of pairs, images, vqa, captions and coco has the content of a training scene, no validation text is
+a training text, and no statement stands in both train.json and dev.json.
 """
 
 from __future__ import annotations
