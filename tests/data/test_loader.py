@@ -202,7 +202,7 @@ def test_errors_in_a_worker_stay_one_line(workers: int) -> None:
 @pytest.mark.slow
 def test_a_dead_worker_is_named() -> None:
     dataset = StepDataset({"texts": (numbered(8), 2, _die)}, Batch)
-    with pytest.raises(DataError, match=r"data worker: .*lower num_workers"):
+    with pytest.raises(DataError, match=r"data worker 0 of 1, .*lower num_workers"):
         list(step_loader(dataset, 0, 3, 1))
 
 
