@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
@@ -70,20 +68,3 @@ def keep(tmp_path):
     folder = Path(os.environ.get("MHMOE_ARTIFACTS", tmp_path))
     folder.mkdir(parents=True, exist_ok=True)
     return lambda page, name: page.screenshot(path=folder / f"{name}.png", full_page=True)
-
-
-@pytest.fixture
-def visualize_tool(monkeypatch):
-    """visualize_tool(*arguments): exit code of tools/visualize_routing.py, run in this process."""
-    spec = importlib.util.spec_from_file_location("visualize_routing", ROOT / "tools" / "visualize_routing.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-
-    def run(*arguments: object) -> int:
-        monkeypatch.setattr(sys, "argv", ["tools/visualize_routing.py", *map(str, arguments)])
-        try:
-            return module.main()
-        except SystemExit as stop:
-            return stop.code
-
-    return run

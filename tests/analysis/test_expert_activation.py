@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import io
 import json
 from html.parser import HTMLParser
@@ -80,18 +79,6 @@ def mixed(world) -> list[str]:
 
 def source(*places) -> object:
     return open_shards(expand_shards([str(place) for place in places]))
-
-
-def tool(*arguments: object) -> int:
-    spec = importlib.util.spec_from_file_location("expert_activation_tool", ROOT / "tools" / "expert_activation.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("sys.argv", ["expert_activation.py", *map(str, arguments)])
-        try:
-            return module.main()
-        except SystemExit as stop:
-            return stop.code
 
 
 VARIANTS = {
@@ -211,12 +198,12 @@ class Page(HTMLParser):
 
 
 @pytest.mark.slow
-def test_a_report_of_several_models(run, world, mixed, tmp_path, capsys):
+def test_a_report_of_several_models(run, world, mixed, tmp_path, capsys, tool):
     dense, smoe = write_run(tmp_path / "dense", world, ffn=DENSE), write_run(tmp_path / "smoe", world, ffn=SMOE)
     words = tmp_path / "words.txt"
     words.write_text("Half\nzebra\n")
     common = ["--data", *mixed, "--words", words, "--out", tmp_path / "out", "--num-workers", 0, "--device", "cpu"]
-    assert tool("--checkpoint", dense, smoe, run, *common) == 0
+    assert tool("expert_activation", "--checkpoint", dense, smoe, run, *common) == 0
     names = sorted(path.name for path in (tmp_path / "out").iterdir())
     figures = [
         "activated_share", "activation", "coactivation-3", "divergence", "modality_share", "specialisation",
@@ -278,12 +265,12 @@ def test_text_is_shown_and_runs_nothing(world, tmp_path):
     assert len(found["models"]) == 1 and len(found["models"][next(iter(found["models"]))]["listed_words"]) > 30
 
 
-def test_maps_of_a_picture_by_kept_steps(run, tmp_path):
+def test_maps_of_a_picture_by_kept_steps(run, tmp_path, tool):
     file = io.BytesIO()
     Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 60, 3), np.uint8)).save(file, "png")
     (tmp_path / "photo.png").write_bytes(file.getvalue())
     arguments = ["--checkpoint", run, "--image", tmp_path / "photo.png", "--out", tmp_path / "out", "--device", "cpu"]
-    assert tool(*arguments) == 0
+    assert tool("expert_activation", *arguments) == 0
     names = sorted(path.name for path in (tmp_path / "out").iterdir())
     assert names == ["activation.json", "divergence_maps.png", "report.html"]
     maps = json.loads((tmp_path / "out" / "activation.json").read_text())["divergence_by_step"]["mh_moe"]
@@ -303,7 +290,7 @@ def test_names_of_models(run):
 
 
 # ----------------------------------------------------------------------------------------- bad input
-def test_mistakes_are_one_line(run, world, mixed, tmp_path, capsys):
+def test_mistakes_are_one_line(run, world, mixed, tmp_path, capsys, tool):
     (tmp_path / "empty").mkdir()
     (tmp_path / "words.txt").write_text("river bank\n")
     (tmp_path / "photo.png").write_bytes(b"")
@@ -326,7 +313,7 @@ def test_mistakes_are_one_line(run, world, mixed, tmp_path, capsys):
         "unrecognized arguments: --wrods": [*checkpoint, *data, "--wrods", "x"],
     }
     for message, arguments in cases.items():
-        assert tool(*arguments, "--out", tmp_path / "out", "--num-workers", 0) == 2, message
+        assert tool("expert_activation", *arguments, "--out", tmp_path / "out", "--num-workers", 0) == 2, message
         [line] = capsys.readouterr().err.strip().splitlines()[-1:]
         assert line.startswith("error: ") and message in line, (message, line)
     assert not (tmp_path / "out").exists()

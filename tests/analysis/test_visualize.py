@@ -279,7 +279,7 @@ def bad_checkpoints(tmp_path_factory) -> Path:
     ],
 )
 def test_mistakes_are_one_line_and_write_nothing(
-    world, bad_checkpoints, visualize_tool, tmp_path, capsys, checkpoint, arguments, words
+    world, bad_checkpoints, tool, tmp_path, capsys, checkpoint, arguments, words
 ):
     path = (world if checkpoint == "saved" else bad_checkpoints) / checkpoint
     if arguments[:1] == ["--image"]:
@@ -288,22 +288,22 @@ def test_mistakes_are_one_line_and_write_nothing(
     else:
         arguments = ["--image", world / "pictures" / "0.png", *arguments]
     out = tmp_path / "out"
-    assert visualize_tool("--checkpoint", path, *arguments, "--out", out) == 2
+    assert tool("visualize_routing", "--checkpoint", path, *arguments, "--out", out) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ") and error.count("\n") == 1 and words in error
     assert not out.exists()
 
 
-def test_no_checkpoint_and_no_input(world, visualize_tool, capsys):
-    assert visualize_tool("--image", "a.png") == 2
+def test_no_checkpoint_and_no_input(world, tool, capsys):
+    assert tool("visualize_routing", "--image", "a.png") == 2
     assert "--checkpoint: 0 given" in capsys.readouterr().err
-    assert visualize_tool("--checkpoint", world / "saved") == 0
+    assert tool("visualize_routing", "--checkpoint", world / "saved") == 0
     assert "--image" in capsys.readouterr().out
-    assert visualize_tool("--imagge", "a.png") == 2
+    assert tool("visualize_routing", "--imagge", "a.png") == 2
     assert capsys.readouterr().err.endswith("(see --help)\n")
 
 
-def test_a_page_is_whole_or_not_there(world, tmp_path, monkeypatch, capsys, visualize_tool):
+def test_a_page_is_whole_or_not_there(world, tmp_path, monkeypatch, capsys, tool):
     """The disk is full at the second file: what stood there stays, and no part is left."""
     out = tmp_path / "out"
     out.mkdir()
@@ -317,15 +317,15 @@ def test_a_page_is_whole_or_not_there(world, tmp_path, monkeypatch, capsys, visu
         return write(path, content)
 
     monkeypatch.setattr(Path, "write_bytes", full)
-    assert visualize_tool("--checkpoint", world / "saved", "--text", "a dog", "--out", out) == 2
+    assert tool("visualize_routing", "--checkpoint", world / "saved", "--text", "a dog", "--out", out) == 2
     assert "No space left on device" in capsys.readouterr().err
     assert [path.name for path in out.iterdir()] == ["routing.html"]
     assert (out / "routing.html").read_text() == "before"
 
 
-def test_a_page_too_large_is_refused(world, tmp_path, monkeypatch, capsys, visualize_tool):
+def test_a_page_too_large_is_refused(world, tmp_path, monkeypatch, capsys, tool):
     monkeypatch.setattr(module, "MAX_PAGE_BYTES", 1000)
-    assert visualize_tool("--checkpoint", world / "saved", "--text", "a dog", "--out", tmp_path / "out") == 2
+    assert tool("visualize_routing", "--checkpoint", world / "saved", "--text", "a dog", "--out", tmp_path / "out") == 2
     assert "--limit: 1 items make a page of 0 MB (show fewer)" in capsys.readouterr().err
 
 

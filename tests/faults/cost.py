@@ -1,8 +1,8 @@
 """Promise 14: what all checks together cost, measured side by side with the same work without them.
 
 Loader: checksums of members, and the rest of the bookkeeping, against the same loader with checksums left out. Steps:
-the finite test, the copy of buffers, the counts over ranks and the alarms, against the same step without them. The two
-are timed in turns, and the medians of the processor time are compared.
+the finite test, the copy of buffers, the counts over ranks and the alarms, as train/step.py makes them, against a step
+of plain layers of the tiny size. The two are timed in turns, and the medians of the processor time are compared.
 """
 
 from __future__ import annotations
@@ -33,14 +33,13 @@ def check(folder: Path, full: bool) -> Found:
     found = Found("")
     loader = _loader_cost(folder, 24 if full else 8)
     step = _step_cost(40 if full else 12)
-    if loader > LOADER:
+    # Few repetitions give no figure: the limits are for make faults.
+    if full and loader > LOADER:
         found.failures.append(f"the loader's checks cost {loader:.2f} %")
-    if step > STEP:
+    if full and step > STEP:
         found.failures.append(f"a step's checks cost {step:.2f} %")
     found.figure = f"{loader:.1f} % of the loader's throughput (photos of 500 x 375), {step:.2f} % of step time"
     found.numbers = {"loader_percent": loader, "step_percent": step}
-    if not full:
-        found.failures.clear()  # few repetitions: the figures are for make faults
     return found
 
 

@@ -37,6 +37,9 @@ def check(folder: Path, full: bool) -> Found:
     cases = [(how, rank) for how in RANK_FAULTS for rank in (1, 0)] if full else [("killed", 1), ("hangs", 1)]
     ranks = [_rank(folder, how, rank, found, slowest) for how, rank in cases]
     command = _torchrun(folder, found, slowest) if full else 0
+    for kind, limit in (("death", LIMIT), ("hang", TIMEOUT + 10)):
+        if full and slowest[kind] > limit:
+            _fail(found, kind, f"over after {slowest[kind]:.0f} s")
     batches = [_batches(folder, name, ranks, found) for name in BATCHES for ranks in ((1, 2) if full else (1,))]
     found.figure = (
         f"{sum(workers)} of {len(workers)} lost workers and {sum(ranks) + command} of {len(ranks) + full} lost ranks:"
@@ -52,10 +55,9 @@ def _fail(found: Found, name: str, what: str) -> bool:
     return False
 
 
-def _in_time(found: Found, name: str, how: str, seconds: float, slowest: dict[str, float]) -> bool:
-    kind, limit = ("hang", TIMEOUT + 10) if how == "hangs" else ("death", LIMIT)
+def _note_time(how: str, seconds: float, slowest: dict[str, float]) -> None:
+    kind = "hang" if how == "hangs" else "death"
     slowest[kind] = max(slowest[kind], seconds)
-    return seconds <= limit or _fail(found, name, f"over after {seconds:.0f} s")
 
 
 # --------------------------------------------------------------------------------------------- workers
@@ -89,8 +91,8 @@ def _worker(folder: Path, how: str, found: Found, slowest: dict[str, float]) -> 
     errors = [line for line in said.splitlines() if line.startswith("error: ")]
     if code != 2 or error_line("\n".join(errors)) or "data worker" not in errors[0] or "Traceback" in said:
         return _fail(found, name, f"exit code {code}: {said[-400:]}")
-    good = _in_time(found, name, how, seconds, slowest)
-    return good and _resumes(folder, name, 1, found)
+    _note_time(how, seconds, slowest)
+    return _resumes(folder, name, 1, found)
 
 
 # ----------------------------------------------------------------------------------------------- ranks
@@ -138,8 +140,8 @@ def _rank(folder: Path, how: str, lost: int, found: Found, slowest: dict[str, fl
         return _fail(found, name, f"exit code {code}: {text[-500:]}")
     if how == "fails" and "a.tar: gone" not in errors[0]:
         return _fail(found, name, f"the cause is not told: {errors}")
-    good = _in_time(found, name, how, seconds, slowest)
-    return good and _resumes(folder, name, 2, found)
+    _note_time(how, seconds, slowest)
+    return _resumes(folder, name, 2, found)
 
 
 def _torchrun(folder: Path, found: Found, slowest: dict[str, float]) -> bool:
@@ -161,7 +163,8 @@ def _torchrun(folder: Path, found: Found, slowest: dict[str, float]) -> bool:
     said = (folder / "torchrun.txt").read_text()
     if code != 1 or "exitcode  : -9" not in said or "rank      : 1" not in said:
         return _fail(found, "torchrun", f"exit code {code}: {said[-400:]}")
-    return _in_time(found, "torchrun", "killed", time.monotonic() - began, slowest)
+    _note_time("killed", time.monotonic() - began, slowest)
+    return True
 
 
 def _resumes(folder: Path, name: str, ranks: int, found: Found) -> bool:
