@@ -115,7 +115,7 @@ def lost_ranks_named() -> Iterator[None]:
         if world_size() == 1 or _store is None:
             raise
         waited = _is_collective(error)
-        words = "" if waited else one_line(error or type(error).__name__, 150)
+        words = "" if waited else one_line(str(error) or type(error).__name__, 150)
         lost = _last_words(words)
         if not waited:
             raise
@@ -245,6 +245,8 @@ def on_main(action: Callable[[], Any]) -> Any:
     if is_main():
         try:
             outcome = {"value": action()}
+        except BrokenPipeError:
+            raise
         except (MhmoeError, OSError) as error:
             raised = error if isinstance(error, MhmoeError) else TrainingError(describe_os_error(error))
             outcome = {"error": type(raised).__name__, "message": str(raised)}

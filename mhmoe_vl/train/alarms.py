@@ -64,10 +64,11 @@ class SpikeAlarm:
 
     def check(self, loss: float) -> str | None:
         """A text when ``loss`` is over ten times the median of the losses before it, of which there are ten or more."""
-        usual = median(self._last) if len(self._last) >= 10 else math.inf
+        count = len(self._last)
+        usual = median(self._last) if count >= 10 else math.inf
         if math.isfinite(loss):
             self._last.append(loss)
         if loss <= SPIKE * usual or math.isnan(loss):
             return None
-        before = f"the median of the last {len(self._last) - 1} is {usual:.4g}"
+        before = f"the median of the last {count} is {usual:.4g}"
         return f"loss {loss:.4g}, {before} (look at this step's data)"

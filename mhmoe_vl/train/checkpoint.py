@@ -217,8 +217,9 @@ def find_damage(path: Path) -> Iterator[Damage]:
         try:
             if _sha256(file) != expected:
                 yield Damage(file, _damaged_tensor(path, name), "damaged, its checksum differs")
-        except OSError as error:
-            yield Damage(file, "", f"{error.strerror}: not a whole checkpoint")
+        except (OSError, ValueError) as error:  # a name with a null byte is a ValueError
+            what = getattr(error, "strerror", None) or error
+            yield Damage(file, "", f"{what}: not a whole checkpoint")
 
 
 def _read_small(path: Path) -> bytes:

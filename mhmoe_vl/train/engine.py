@@ -235,7 +235,8 @@ class _Run:
         try:
             yield
         except (MemoryError, RuntimeError) as error:
-            if isinstance(error, RuntimeError) and "memory" not in str(error):
+            named = ("out of memory", "allocate memory", "enough memory")
+            if isinstance(error, RuntimeError) and not any(words in str(error) for words in named):
                 raise
             peak = peak_memory_mb(self.device)
             raise TrainingError(
@@ -329,7 +330,9 @@ class _Run:
             if best in (-1, self.progress.step):
                 write_texts(path.parent, self.task.submission(records))
         except OSError as error:
-            self.log.say(f"warning: {path.parent}: {one_line(error.strerror)} (predictions are lost, training goes on)")
+            self.log.say(
+                f"warning: {path.parent}: {one_line(error.strerror or error)} (predictions are lost, training goes on)"
+            )
 
     def _save(self) -> None:
         """Write a checkpoint; a full disk is survived until the next one, but not three times or at the end."""

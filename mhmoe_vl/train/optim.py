@@ -121,9 +121,12 @@ def load_optimizer_tensors(model: nn.Module, optimizer: Optimizer, tensors: dict
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
-def gradient_norm(parameters: list[nn.Parameter], clip: float | None) -> Tensor:
-    """Norm of all gradients together, before they are scaled down to at most ``clip``."""
-    norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in parameters])
-    if clip is not None:
-        torch.nn.utils.clip_grads_with_norm_(parameters, clip, norm)
-    return norm
+def gradient_norm(parameters: list[nn.Parameter]) -> Tensor:
+    """Norm of all gradients together."""
+    return torch.nn.utils.get_total_norm([parameter.grad for parameter in parameters])
+
+
+def clip_gradients(parameters: list[nn.Parameter], norm: Tensor, most: float | None) -> None:
+    """Scale gradients whose norm together is ``norm`` down to at most ``most``, if that is given."""
+    if most is not None:
+        torch.nn.utils.clip_grads_with_norm_(parameters, most, norm)

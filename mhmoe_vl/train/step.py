@@ -44,10 +44,9 @@ class Counts(NamedTuple):
 
 
 class Step(NamedTuple):
-    """What an update did: whether it was made, the numbers of its log line (empty when not asked for), and what kept
-    it from being made (empty when it was): losses, routers by layer and rank, gradients by parameter."""
+    """What an update did: the numbers of its log line (empty when not asked for), and what kept it from being made
+    (empty when it was): losses, routers by layer and rank, gradients by parameter."""
 
-    updated: bool
     values: dict[str, Any]
     not_finite: list[str]
 
@@ -94,7 +93,7 @@ class Trainer:
         weights, buffers and optimizer state are then as before."""
         buffers = [buffer.clone() for buffer in self.model.buffers()]
         parts = [part for part, samples in zip(parts, counts.samples, strict=True) if samples]
-        routing, stats = RoutingTotals(), []
+        stats = []
         sums = torch.zeros(len(counts.targets) + len(self.aux_weights), device=self.device)
         for number, part in enumerate(parts):
             alone = number < len(parts) - 1 and self.network is not self.model
@@ -102,16 +101,15 @@ class Trainer:
                 part_sums, part_stats = self._backward(part, counts.targets, len(parts))
             sums += part_sums
             stats.append(part_stats)
-            if logged:
-                routing.add(part_stats)
         self._complete_gradients()
-        norm = optim.gradient_norm(self.parameters, self.config.optim.clip_grad)
+        norm = optim.gradient_norm(self.parameters)
         # Nothing, or NaN where this rank alone sees a bad gradient, so that all ranks decide alike.
         totals = distributed.all_reduce_sum(torch.cat([sums, 0 * norm[None]]))
         lr = optim.learning_rate(step, self.config.train.steps, self.config.optim)
         losses = totals[:-1]
         finite = bool(parts) and bool(torch.isfinite(totals).all())
         if finite:
+            optim.clip_gradients(self.parameters, norm, self.config.optim.clip_grad)
             optim.set_learning_rate(self.optimizer, lr)
             self.optimizer.step()
             if self.ema is not None:
@@ -123,8 +121,11 @@ class Trainer:
                 buffer.copy_(before)
         self.optimizer.zero_grad()
         if not logged:
-            return Step(finite, {}, not_finite)
-        return Step(finite, named | {"grad_norm": float(norm), "lr": lr} | routing.values(), not_finite)
+            return Step({}, not_finite)
+        routing = RoutingTotals()
+        for part_stats in stats:
+            routing.add(part_stats)
+        return Step(named | {"grad_norm": float(norm), "lr": lr} | routing.values(), not_finite)
 
     def _not_finite(self, losses: dict[str, float], stats: list[dict[str, Any]]) -> list[str]:
         """What is not finite, over all ranks: routers first, then losses, then gradients."""
@@ -135,7 +136,7 @@ class Trainer:
         names = {id(parameter): name for name, parameter in self.model.named_parameters()}
         gradients = [p for p in self.parameters if not torch.isfinite(p.grad).all()]
         found = routers + terms + [f"gradient of {names[id(parameter)]}" for parameter in gradients]
-        return found or ["no samples"]
+        return found or (["norm of all gradients"] if stats else ["no samples"])
 
     def _backward(self, part: Batch, targets: dict[str, int], num_parts: int) -> tuple[Tensor, dict[str, Any]]:
         """Add a part's gradients. Gives its share of each loss term, in the order of ``targets``, then of
@@ -162,7 +163,7 @@ class Trainer:
         return torch.stack([value.detach() for value in values]), output.stats
 
     def _complete_gradients(self) -> None:
-        """A parameter that no batch has used yet gets a zero gradient, on one rank as on many."""
+        """A parameter that no part of this step has used gets a zero gradient, on one rank as on many."""
         for parameter in self.parameters:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)

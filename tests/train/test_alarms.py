@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from mhmoe_vl.train.alarms import CollapseAlarm, SpikeAlarm
+from mhmoe_vl.train.alarms import REMEMBERED, CollapseAlarm, SpikeAlarm
 
 
 def test_a_share_above_four_times_the_even_one_is_told_once_and_again_after_a_recovery():
@@ -29,3 +29,6 @@ def test_a_loss_over_ten_times_the_median_is_told():
     assert [alarm.check(loss) for loss in (500.0, *[2.0] * 9, 19.9, float("nan"))] == [None] * 12
     assert alarm.check(20.1).startswith("loss 20.1, the median of the last 11 is 2 (")
     assert alarm.check(2.0) is None
+    for _ in range(REMEMBERED):
+        assert alarm.check(1.0) is None
+    assert f"the median of the last {REMEMBERED} is 1 " in alarm.check(float("inf"))

@@ -190,5 +190,7 @@ def test_clipping_by_hand(clip, factor):
     parameters = [nn.Parameter(torch.zeros(1)), nn.Parameter(torch.zeros(1))]
     for parameter, gradient in zip(parameters, (3.0, 4.0), strict=True):
         parameter.grad = torch.tensor([gradient])
-    assert float(optim.gradient_norm(parameters, clip)) == 5.0
+    norm = optim.gradient_norm(parameters)
+    assert float(norm) == 5.0
+    optim.clip_gradients(parameters, norm, clip)
     assert [float(parameter.grad) for parameter in parameters] == pytest.approx([3 * factor, 4 * factor])

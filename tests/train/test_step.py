@@ -51,7 +51,7 @@ def test_a_step_without_any_sample_is_left_out(tmp_path):
     empty = [samples([])]
     before = trainer.model.experts.clone()
     done = trainer.update(0, empty, trainer.count(empty), logged=True)
-    assert not done.updated and done.values["loss"] == 0.0
+    assert done.not_finite == ["no samples"] and done.values["loss"] == 0.0
     assert torch.equal(before, trainer.model.experts)
 
 
@@ -60,7 +60,7 @@ def test_a_parameter_without_gradient_has_a_zero_one(tmp_path):
     trainer, parts = trainer_and_parts(tmp_path, optim__weight_decay=0.5, optim__lr=0.1)
     trainer.task.loss = lambda output, batch: {"y": output.values["y"].sum()}
     before = trainer.model.classifier.weight.detach().clone()
-    assert trainer.update(0, parts, trainer.count(parts), logged=False).updated
+    assert not trainer.update(0, parts, trainer.count(parts), logged=False).not_finite
     torch.testing.assert_close(trainer.model.classifier.weight, before * (1 - 0.5 * 0.05))
 
 
@@ -88,3 +88,14 @@ def test_two_ranks_average_to_the_gradient_of_the_whole_batch(tmp_path):
         return 0
 
     assert in_ranks(check) == [0, 0]
+
+
+@pytest.mark.parametrize(("value", "said"), [(float("nan"), "gradient of classifier.weight"), (1e30, "norm of all")])
+def test_only_what_is_not_finite_is_named(tmp_path, value, said):
+    """Clipping, on by default, would spread a NaN over all gradients; a norm may overflow where no gradient does."""
+    trainer, parts = trainer_and_parts(tmp_path)
+    trainer.model.classifier.weight.register_hook(lambda grad: torch.full_like(grad, value))
+    before = [parameter.detach().clone() for parameter in trainer.parameters]
+    [name] = trainer.update(0, parts, trainer.count(parts), logged=False).not_finite
+    assert name.startswith(said)
+    assert all(torch.equal(old, new) for old, new in zip(before, trainer.parameters, strict=True))
