@@ -54,15 +54,16 @@ def read_split(path: Path) -> list[str]:
     Raises:
         DataError: there is none, one stands twice, or one is no file name.
     """
-    names = [line.split()[0] for line in read_text(path).splitlines() if line.strip()]
-    if not names:
+    lines = {number: line.split()[0] for number, line in enumerate(read_text(path).splitlines(), 1) if line.strip()}
+    if not lines:
         raise DataError(f"{path}: no names (name a split of pictures)")
-    for number, (name, count) in enumerate(Counter(names).items(), 1):
+    for number, name in lines.items():
         if not NAME.fullmatch(name) or name.startswith("."):
             raise DataError(f"{path}: line {number}: {one_line(repr(name), 60)} is no file name (mend the file)")
+    for name, count in Counter(lines.values()).items():
         if count > 1:
             raise DataError(f"{path}: {name} stands {count} times (keep one line)")
-    return names
+    return list(lines.values())
 
 
 def read_picture(path: Path) -> VocPicture:

@@ -23,7 +23,6 @@ from .errors import ConfigError, one_line
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Pair = Annotated[tuple[PositiveInt, PositiveInt], Field(strict=False)]  # YAML has lists only
 NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Channels = Annotated[tuple[PositiveFloat, PositiveFloat, PositiveFloat], Field(strict=False)]
 
 
 class Section(pydantic.BaseModel):
@@ -448,9 +447,9 @@ class ImageNetConfig(Section):
     """pixels, or (height, width), of pictures in evaluation; none means encoder.img_size"""
     crop_pct: Annotated[float, Field(gt=0, le=1)] = 1.0
     """side of the centred crop in evaluation, over that of the largest one"""
-    mean: Channels = (0.5, 0.5, 0.5)
+    mean: Annotated[tuple[NonNegativeFloat, NonNegativeFloat, NonNegativeFloat], Field(strict=False)] = (0.5, 0.5, 0.5)
     """taken off red, green and blue of 0 to 1"""
-    std: Channels = (0.5, 0.5, 0.5)
+    std: Annotated[tuple[PositiveFloat, PositiveFloat, PositiveFloat], Field(strict=False)] = (0.5, 0.5, 0.5)
     """that they are divided by then"""
     augment: PolicyConfig = PolicyConfig(min_crop=0.08, color_jitter=0.0)
 
@@ -610,7 +609,7 @@ def run_config(kind: str) -> type[RunConfig]:
 
 
 # ------------------------------------------------------------------------------------------- loading
-MAX_BYTES = 100_000
+MAX_CHARACTERS = 100_000
 """Most characters of a configuration file; parsing YAML takes a thousand times its size in memory."""
 
 
@@ -657,6 +656,13 @@ _StrictLoader.add_implicit_resolver(
 )
 
 
+def _parse(text: str, name: str) -> Any:
+    """The value of a YAML text; ``name`` is for messages."""
+    loader = _StrictLoader(text)
+    loader.name = name
+    return loader.get_single_data()
+
+
 def read_yaml(path: str | Path) -> dict[str, Any]:
     """The mapping in a YAML file.
 
@@ -666,12 +672,10 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     path = Path(path)
     try:
         with path.open(encoding="utf-8") as file:
-            text = file.read(MAX_BYTES + 1)
-        if len(text) > MAX_BYTES:
-            raise ConfigError(f"{path}: more than {MAX_BYTES} characters (name a configuration file)")
-        loader = _StrictLoader(text)
-        loader.name = str(path)
-        loaded = loader.get_single_data()
+            text = file.read(MAX_CHARACTERS + 1)
+        if len(text) > MAX_CHARACTERS:
+            raise ConfigError(f"{path}: more than {MAX_CHARACTERS} characters (name a configuration file)")
+        loaded = _parse(text, str(path))
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror} (name an existing YAML file)") from error
     except ConfigError:
@@ -715,7 +719,7 @@ def parse_overrides(arguments: list[str]) -> dict[str, Any]:
                 raise ConfigError(f"--{name} needs a value (write --{name} value)")
             text = queue.pop(0)
         try:
-            value = yaml.load(text, Loader=_StrictLoader)  # noqa: S506
+            value = _parse(text, f"--{name}")
         except ConfigError:
             raise
         except (yaml.YAMLError, ValueError, RecursionError) as error:

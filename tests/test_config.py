@@ -145,3 +145,8 @@ def test_yaml_reads_scientific_numbers_and_refuses_words_as_booleans():
 def test_one_line_hides_control_characters_and_cuts():
     assert one_line("a\x1b]0;b\nc") == "a\\x1b]0;b\\nc"
     assert len(one_line("x" * 1000)) == 300
+
+
+def test_what_an_option_may_not_hold_is_named_by_the_option():
+    with pytest.raises(ConfigError, match=r"^--seed:1: alias '\*x' is refused"):
+        config.parse_overrides(["--seed", "*x"])

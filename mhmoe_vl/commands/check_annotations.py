@@ -59,10 +59,10 @@ class _Checker:
         """Add what is wrong in a file, pictures aside."""
         name, parsed = parse(path, kind)
         self.report.problems += [Finding(str(path), place, "syntax", what) for place, what in parsed.problems]
-        if name is not None and parsed.content is not None:
+        if name is not None and not (parsed.content is None and parsed.problems):
             self._check_content(path, name, parsed.content)
             return
-        self.report.files.append(AnnotationFile(str(path), name or "", 0, 0))
+        self.report.files.append(AnnotationFile(str(path), name or "", 0, None if self.folders is None else 0))
         if not parsed.problems:
             what = f"none of the kinds that are known by their content (name it with --kind: {', '.join(KINDS)})"
             self.report.problems.append(Finding(str(path), "", "kind", what))

@@ -26,7 +26,7 @@ def run(arguments: argparse.Namespace) -> int:
     problems = [problem for folder in tqdm(folders, unit="checkpoint", disable=None) for problem in check(folder)]
     if arguments.json:
         report = {"checkpoints": len(folders), "problems": [asdict(problem) for problem in problems]}
-        print(json.dumps(report, ensure_ascii=False, indent=1))
+        print(json.dumps(report, indent=1))
     else:
         rows = [(one_line(p.file), one_line(p.place) or "-", p.reason, one_line(p.message)) for p in problems]
         print("\n".join([*aligned(rows), f"{len(folders)} checkpoints, {len(problems)} problems"]))

@@ -31,7 +31,7 @@ def run(arguments: argparse.Namespace) -> int:
     for file in tqdm(arguments.files, unit="file", disable=None):
         reports.append(convert(file, arguments.out or file.with_suffix(".safetensors")))
     if arguments.json:
-        print(json.dumps(reports, ensure_ascii=False, indent=1))
+        print(json.dumps(reports, indent=1))
     else:
         print("\n".join(line for report in reports for line in _lines(report)))
     return 1 if any(report["not_finite"] for report in reports) else 0

@@ -31,7 +31,7 @@ from .records import (
 )
 from .rle import rle_problem
 
-MAX_SIDE, MAX_PIXELS = 16_384, 50_000_000
+MAX_SIDE, MAX_PIXELS = 16_384, 25_000_000
 MAX_COORDINATE = 1e6
 """Of a box; areas of far larger ones are not finite, and pycocotools takes an overlap that is no number for a hit."""
 MAX_DISTANCE = 1.0

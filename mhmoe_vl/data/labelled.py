@@ -98,6 +98,11 @@ def class_folders(root: Path) -> list[str]:
         raise DataError(f"{root}: {error.strerror} (name a folder of class folders)") from error
     if not names:
         raise DataError(f"{root}: no class folder and no *.tar in it (expected {root.name}/CLASS/*.jpg)")
+    for name in names:
+        try:
+            name.encode()
+        except UnicodeEncodeError as error:
+            raise DataError(f"{root}: class {one_line(ascii(name), 60)} is not UTF-8 (rename the folder)") from error
     return names
 
 

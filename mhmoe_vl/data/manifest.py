@@ -139,7 +139,11 @@ def to_json(index: Index, shard_name: str) -> str:
     """The text of a manifest."""
     samples = [{"key": key, "members": members} for key, members in index.samples.items()]
     document = {"version": VERSION, "shard": shard_name, "size": index.size, "sha256": index.sha256, "samples": samples}
-    return json.dumps(document, ensure_ascii=False, separators=(",", ":")) + "\n"
+    text = json.dumps(document, ensure_ascii=False, separators=(",", ":")) + "\n"
+    if len(text.encode()) > MAX_BYTES:
+        what = f"{len(samples)} samples make a manifest of more than {MAX_BYTES} bytes"
+        raise DataError(f"{shard_name}: {what} (pack smaller shards)")
+    return text
 
 
 def from_json(text: str | bytes, path: str) -> Index:

@@ -27,7 +27,7 @@ def rle_problem(rle: Mapping[str, Any]) -> str:
         runs = np.array(counts, np.int64)
     else:
         return "counts: need run lengths or their text"
-    if runs is None or (runs < 0).any():
+    if runs is None or (runs < 0).any() or (runs >= 2**32).any():  # sums of longer ones would wrap
         return "counts: not a text of run lengths"
     if runs.sum() != size[0] * size[1]:
         return f"counts: runs of {runs.sum()} pixels for a mask of {size[0]} x {size[1]}"

@@ -152,7 +152,7 @@ class ImageTransform:
             output's shape, whatever its own.
 
     Raises:
-        ConfigError: RandAugment together with a second size, because it moves pictures by pixels; an unknown policy.
+        ConfigError: RandAugment or erasing together with a second size, because they act on pixels; an unknown policy.
     """
 
     def __init__(
@@ -179,9 +179,9 @@ class ImageTransform:
             self.rand_augment = _policy(policy, min(self.img_size))
         self.erase = RandomErasing(erase_prob, mode="pixel", device="cpu") if erase_prob else None
         self.crop_pct, self.whole = crop_pct, whole
-        if rand_augment_ops and self.second_size not in (None, self.img_size):
+        if (self.rand_augment or self.erase) and self.second_size not in (None, self.img_size):
             sizes = f"pictures of two sizes, {self.img_size} and {self.second_size}"
-            raise ConfigError(f"task.augment.rand_augment_ops: {rand_augment_ops} with {sizes} (set it to 0)")
+            raise ConfigError(f"task.augment: RandAugment or erasing with {sizes} (switch them off)")
 
     def __call__(
         self, data: bytes, rng: np.random.Generator, region: Box | None = None

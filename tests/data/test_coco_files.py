@@ -145,7 +145,7 @@ def change(place: str, **fields: Any) -> dict[str, Any]:
             "images[1]: has the picture of images[0], 000000000007.jpg",
         ),
         (change("images", width=0), "images[0].width: need a whole number from 1 to 16384, got 0"),
-        (change("images", width=16384, height=16384), "images[0]: picture of 268435456 pixels (at most 50000000)"),
+        (change("images", width=16384, height=16384), "images[0]: picture of 268435456 pixels (at most 25000000)"),
         (change("images", file_name="../../etc/passwd"), "images[0].file_name: need a file name below the folder"),
         (change("images", file_name="/etc/passwd"), "images[0].file_name: need a file name below the folder"),
         (change("images", file_name="a\x1b.jpg"), "images[0].file_name: need a file name below the folder"),
@@ -186,6 +186,18 @@ def test_texts_that_are_no_run_lengths_are_refused():
         assert rle.rle_problem(good | {"counts": text}), text
     for size in ([40], [40, 0], [40, 2**21], ["40", 40], None, [40.0, 40]):
         assert rle.rle_problem(good | {"size": size}), size
+
+
+def test_runs_whose_sum_wraps_around_are_refused():
+    """Their differences are small enough to be written, and their sum is 16 modulo 2^64."""
+    number, total = 70_000, 2**64 + 16
+    difference = total // sum(i // 2 for i in range(number))
+    runs = [0] + [(i // 2) * difference for i in range(1, number)]
+    runs[-1] += total - sum(runs)
+    differences = [run if i < 3 else run - runs[i - 2] for i, run in enumerate(runs)]
+    groups = [[(value >> 5 * k) & 31 for k in range(13)] for value in differences]
+    text = "".join(chr(48 + group + (32 if k < 12 else 0)) for value in groups for k, group in enumerate(value))
+    assert rle.rle_problem({"size": [4, 4], "counts": text}).startswith("counts: ")
 
 
 @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # pycocotools' own

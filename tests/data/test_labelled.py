@@ -84,6 +84,12 @@ def test_a_folder_without_classes_is_refused(tmp_path):
             class_folders(folder)
 
 
+def test_a_class_of_no_text_is_refused(tmp_path):
+    (tmp_path / os.fsdecode(b"\xff")).mkdir()
+    with pytest.raises(DataError, match="is not UTF-8"):
+        class_folders(tmp_path)
+
+
 def test_folders_and_shards_are_told_apart(root, tmp_path):
     assert class_root("n01440764", root) == root / "n01440764"
     shard = root / "shards" / "a.tar"

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from mhmoe_vl.data import shards
+from mhmoe_vl.data import manifest, shards
 from mhmoe_vl.data.manifest import from_json, make_manifest, manifest_path, read_manifest, scan
 from mhmoe_vl.data.shards import BadSample, Sample, ShardSet, expand_shards, stream_samples
 from mhmoe_vl.errors import ConfigError, DataError
@@ -308,6 +308,13 @@ def test_broken_manifests(text: str) -> None:
 def test_manifest_of_another_version() -> None:
     with pytest.raises(DataError, match=r"m.json: manifest version 2, this is 1"):
         from_json('{"version": 2}', "m.json")
+
+
+def test_a_manifest_that_no_reader_takes_is_not_written(packed: Pack, monkeypatch: pytest.MonkeyPatch) -> None:
+    [path] = packed(3, 3, manifests=False)
+    monkeypatch.setattr(manifest, "MAX_BYTES", 100)
+    with pytest.raises(DataError, match="3 samples make a manifest of more than 100 bytes"):
+        make_manifest(path)
 
 
 def test_make_manifest_gives_what_the_packer_wrote(packed: Pack) -> None:

@@ -350,8 +350,9 @@ def test_rand_augment_leaves_the_global_generators_alone(monkeypatch: pytest.Mon
 
 
 def test_rand_augment_is_refused_with_two_sizes() -> None:
-    with pytest.raises(ConfigError, match=r"augment.rand_augment_ops: 2 with .* \(48, 48\) and \(24, 24\)"):
-        ImageTransform(48, second_size=24, train=True, rand_augment_ops=2)
+    for options in ({"rand_augment_ops": 2}, {"policy": "rand-m9"}, {"erase_prob": 0.5}):
+        with pytest.raises(ConfigError, match=r"RandAugment or erasing with .* \(48, 48\) and \(24, 24\)"):
+            ImageTransform(48, second_size=24, train=True, **options)
     large, same = ImageTransform(48, second_size=48, train=True, rand_augment_ops=2)(
         encode(picture()), np.random.default_rng(0)
     )

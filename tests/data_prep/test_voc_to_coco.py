@@ -104,7 +104,7 @@ def test_bad_lists_are_named(tmp_path):
     lists = {
         "": "no names",
         "p 1\np -1\n": "p stands 2 times",
-        "../p 1\n": "'../p' is no file name",
+        "p 1\n\n../p 1\n": "line 3: '../p' is no file name",
         "r\n": "r.xml: No",
     }
     for text, message in lists.items():
