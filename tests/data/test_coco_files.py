@@ -195,8 +195,8 @@ def test_runs_whose_sum_wraps_around_are_refused():
     runs = [0] + [(i // 2) * difference for i in range(1, number)]
     runs[-1] += total - sum(runs)
     differences = [run if i < 3 else run - runs[i - 2] for i, run in enumerate(runs)]
-    groups = [[(value >> 5 * k) & 31 for k in range(13)] for value in differences]
-    text = "".join(chr(48 + group + (32 if k < 12 else 0)) for value in groups for k, group in enumerate(value))
+    groups = [[(value >> 5 * k) & 31 for k in range(7)] for value in differences]
+    text = "".join(chr(48 + group + (32 if k < 6 else 0)) for value in groups for k, group in enumerate(value))
     assert rle.rle_problem({"size": [4, 4], "counts": text}).startswith("counts: ")
 
 
