@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from scene_captions import caption
-from scene_drawing import COLORS, FEW, SHAPES, Point, Scene, SceneObject, draw_mask, pick, sample_scene
-from scene_files import Files
+from scene_drawing import COLORS, SHAPES, Point, Scene, SceneObject, draw_mask, pick, sample_scene, simple_scene
+from scene_files import Files, numbered
 
 NUM_CAPTIONS = 5
 EMPTY, CROWDED = 0.03, 0.05
@@ -41,7 +41,7 @@ class Instances(NamedTuple):
 
 def make_captioned(rng: np.random.Generator, image_size: int) -> Captioned:
     """A scene with captions by lot; the same caption may come twice."""
-    scene = sample_scene(rng, image_size, FEW)
+    scene = simple_scene(rng, image_size)
     return Captioned(scene, tuple(caption(scene, "en", rng) for _ in range(NUM_CAPTIONS)))
 
 
@@ -88,13 +88,13 @@ def captions_files(splits: dict[str, list[Captioned]]) -> Files:
     files: Files = {}
     for number, (split, items) in enumerate(splits.items()):
         subset = f"{split}2014"
-        numbered = _number(items, number)
-        names = {image_id: f"COCO_{subset}_{image_id:012d}.jpg" for image_id in numbered}
-        texts = [(image_id, text) for image_id, item in numbered.items() for text in item.captions]
+        by_id = numbered(items, number)
+        names = {image_id: f"COCO_{subset}_{image_id:012d}.jpg" for image_id in by_id}
+        texts = [(image_id, text) for image_id, item in by_id.items() for text in item.captions]
         annotations = [
             {"image_id": image_id, "id": i, "caption": text} for i, (image_id, text) in enumerate(texts, start=1)
         ]
-        files |= _files("captions", subset, names, numbered, {"annotations": annotations})
+        files |= _files("captions", subset, names, by_id, {"annotations": annotations})
     return files
 
 
@@ -103,24 +103,17 @@ def instances_files(splits: dict[str, list[Instances]]) -> Files:
     files: Files = {}
     categories = [{"supercategory": "shape", "id": i, "name": shape} for shape, i in CATEGORY_IDS.items()]
     for number, (split, items) in enumerate(splits.items()):
-        numbered = _number(items, number)
-        names = {image_id: f"{image_id:012d}.jpg" for image_id in numbered}
-        found = [entry for image_id, item in numbered.items() for entry in _instances(image_id, item)]
+        by_id = numbered(items, number)
+        names = {image_id: f"{image_id:012d}.jpg" for image_id in by_id}
+        found = [entry for image_id, item in by_id.items() for entry in _instances(image_id, item)]
         annotations = [{**entry, "id": i} for i, entry in enumerate(found, start=1)]
         files |= _files(
-            "instances", f"{split}2017", names, numbered, {"annotations": annotations, "categories": categories}
+            "instances", f"{split}2017", names, by_id, {"annotations": annotations, "categories": categories}
         )
     return files
 
 
-def _number(items: list[Any], split: int) -> dict[int, Any]:
-    """Examples by picture id: odd in training, even in validation."""
-    return {2 * i + 1 + split: item for i, item in enumerate(items)}
-
-
-def _files(
-    kind: str, subset: str, names: Mapping[int, str], numbered: Mapping[int, Any], more: dict[str, Any]
-) -> Files:
+def _files(kind: str, subset: str, names: Mapping[int, str], by_id: Mapping[int, Any], more: dict[str, Any]) -> Files:
     """The pictures of a subset and its JSON."""
     info = {
         "description": f"Drawn scenes: {kind}",
@@ -131,8 +124,8 @@ def _files(
         "date_created": "2026/01/01",
     }
     licenses = [{"url": "", "id": 1, "name": "MIT License"}]
-    images = [_image(image_id, names[image_id], item.scene) for image_id, item in numbered.items()]
-    pictures = {f"{subset}/{names[image_id]}": item.scene for image_id, item in numbered.items()}
+    images = [_image(image_id, names[image_id], item.scene) for image_id, item in by_id.items()]
+    pictures = {f"{subset}/{names[image_id]}": item.scene for image_id, item in by_id.items()}
     text = json.dumps({"info": info, "licenses": licenses, "images": images, **more})
     return {**pictures, f"annotations/{kind}_{subset}.json": text}
 

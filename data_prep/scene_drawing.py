@@ -40,10 +40,10 @@ TEXTURES = ("plain", "striped", "dotted")
 RADII = {"small": 0.10, "large": 0.18}
 """Radius of the circle around a shape, as a share of the picture's side; single shapes differ from it by up to 8 %."""
 COUNTS = (1, 2, 3, 4)
-VAL_SHARE = 8
-"""One in so many contents of simple scenes is kept for validation."""
 FEW = (1, 1, 1, 1, 1, 1, 2, 2, 3, 4)
-"""Numbers of shapes in a scene, alike likely; the simpler scenes are for questions, statements and captions."""
+"""Numbers of shapes in a scene and in a simple scene, alike likely."""
+VAL_ONE_IN = 8
+"""One in so many contents of simple scenes is kept for validation."""
 
 MARGIN, GAP = 0.03, 0.03
 CLEAR = 1.5
@@ -178,12 +178,17 @@ class Scene:
         The checksum of its content says it: of simple scenes there are few, and nearly all would stand in the training
         set if it had the first choice.
         """
-        return zlib.crc32(repr(self.content()).encode()) % VAL_SHARE == 0
+        return one_in(VAL_ONE_IN, repr(self.content()))
 
     def record(self) -> dict[str, Any]:
         """The ground truth as JSON values."""
         relations = [{"subject": i, "relation": name, "object": j} for i, name, j in self.relations()]
         return {**asdict(self), "objects": [o.record() for o in self.objects], "relations": relations}
+
+
+def one_in(number: int, text: str) -> bool:
+    """Whether a text is among the one in ``number`` that its checksum chooses."""
+    return zlib.crc32(text.encode()) % number == 0
 
 
 def pick(rng: np.random.Generator, options: Sequence[T]) -> T:
@@ -199,6 +204,11 @@ def sample_scene(rng: np.random.Generator, image_size: int = 128, counts: Sequen
     while objects is None:
         objects = _place(rng, num_objects, image_size)
     return Scene(image_size, background, texture, tuple(sorted(objects, key=lambda o: o.center)))
+
+
+def simple_scene(rng: np.random.Generator, image_size: int) -> Scene:
+    """A scene of mostly one or two shapes, for questions, statements and captions."""
+    return sample_scene(rng, image_size, FEW)
 
 
 def _place(rng: np.random.Generator, num_objects: int, image_size: int) -> list[SceneObject] | None:

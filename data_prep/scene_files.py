@@ -73,3 +73,8 @@ def _draw_one(job: tuple[Path, Scene]) -> None:
     part = path.with_name(path.name + ".part")
     part.write_bytes(encode(scene, path.suffix[1:]))
     part.replace(path)
+
+
+def numbered(items: Sequence[Any], split: int) -> dict[int, Any]:
+    """Examples by picture id: odd in training (``split`` 0), even in validation (1)."""
+    return {2 * i + 1 + split: item for i, item in enumerate(items)}

@@ -10,14 +10,11 @@ from typing import NamedTuple
 
 import numpy as np
 from scene_captions import ENGLISH
-from scene_drawing import BACKGROUNDS, Scene, SceneObject, pick
+from scene_drawing import BACKGROUNDS, CLEAR, Scene, SceneObject, pick
 from scene_looks import VALUES, any_look, find, look_of, phrase, with_article
 
-MIDDLE, CLEAR = 0.12, 1.5
-"""A shape nearer to the picture's middle than this share of its side is there; else one offset must be so many times
-the other one before a place counts."""
-
-
+MIDDLE = 0.12
+"""A shape nearer to the picture's middle than this share of its side is there."""
 BACKGROUND_QUESTIONS = (
     "What color is the background?",
     "What is the color of the background?",
@@ -142,11 +139,11 @@ KINDS = (
     *(*(ask_background,) * 6, *(ask_color,) * 6, *(ask_total,) * 3, ask_if_background, ask_presence, ask_attribute),
     *(ask_count, ask_shape, ask_size, ask_place, ask_relation, ask_neighbor, ask_list),
 )
-"""Kinds of questions, each as often as it is asked: from what a small model learns at once to what it hardly does."""
+"""Kinds of questions, each as often as it is tried: from what a small model learns at once to what it hardly does."""
 
 
 def ask(scene: Scene, rng: np.random.Generator, num_questions: int) -> list[Question]:
-    """Different questions about a scene, of as many kinds as it has sound ones."""
+    """Different questions about a scene, their kinds by lot, as often as they stand in :data:`KINDS`."""
     found: dict[str, Question] = {}
     while len(found) < num_questions:
         for i in rng.permutation(len(KINDS)):

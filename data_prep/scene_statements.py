@@ -9,20 +9,19 @@ come without their denial: who sees that the pictures are alike need not read th
 from __future__ import annotations
 
 import json
-import zlib
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
 from scene_captions import ENGLISH
-from scene_drawing import BACKGROUNDS, FEW, Scene, pick, sample_scene
+from scene_drawing import BACKGROUNDS, Scene, one_in, pick, simple_scene
 from scene_files import Files
 from scene_looks import Look, any_look, find, look_of, phrase, with_article
 
 NUM_PAIRS = 4
-DEV_SHARE = 5
-"""One in so many twos of statements is kept for the development set."""
+DEV_ONE_IN = 5
+"""One in so many first statements of a set is kept for the development set."""
 NUM_DIRECTORIES = 100
 """Folders that the training pictures are spread over."""
 
@@ -42,8 +41,9 @@ ALIKE = {
     ),
 }
 ALIKE_KINDS = (*("background",) * 5, "count")
+"""What pictures are alike in, each as often as it is drawn."""
 DENIED = 0.25
-"""How often "The images have the same background." comes with its denial."""
+"""How often a statement that two pictures are alike comes with its denial."""
 OTHERS = ("the {other} one", "the {other} {image}", "the other {image}", "the other one")
 
 
@@ -96,7 +96,7 @@ class Target(NamedTuple):
 
 
 class Topic(NamedTuple):
-    """A statement, mostly with its denial; whether each is true of a left and a right scene; how scenes are drawn."""
+    """A statement, perhaps with its denial; whether each is true of a left and a right scene; how scenes are drawn."""
 
     sentences: tuple[str, ...]
     true_of: Callable[[Scene, Scene], tuple[bool, bool]]
@@ -181,11 +181,6 @@ TARGETS = (*(background_target,) * 4, *(look_target,) * 3, count_target, relatio
 
 
 # -------------------------------------------------------------------------------------------- topics
-def simple_scene(rng: np.random.Generator, image_size: int) -> Scene:
-    """A scene of mostly one or two shapes."""
-    return sample_scene(rng, image_size, FEW)
-
-
 def quantified_topic(rng: np.random.Generator) -> Topic:
     """Statements about which of the pictures show a target."""
     target = pick(rng, TARGETS)(rng)
@@ -227,10 +222,11 @@ def more_topic(rng: np.random.Generator) -> Topic:
 
 
 TOPICS = (*(alike_topic,) * 12, *(quantified_topic,) * 3, more_topic)
+"""Kinds of statements, each as often as it is drawn."""
 
 
 def make_statements(rng: np.random.Generator, image_size: int) -> StatementSet:
-    """Two statements, and two pairs for each of which only it is true."""
+    """One or two statements about four pairs: two of which the first is true, two of which its denial is."""
     topic = pick(rng, TOPICS)(rng)
     found: tuple[list, list] = ([], [])
     while min(map(len, found)) < NUM_PAIRS // 2:
@@ -245,7 +241,7 @@ def make_statements(rng: np.random.Generator, image_size: int) -> StatementSet:
 
 def is_for_dev(statements: StatementSet) -> bool:
     """Whether the sentences are kept for the development set; the checksum of the first says it, so none is in both."""
-    return zlib.crc32(statements.sentences[0].encode()) % DEV_SHARE == 0
+    return one_in(DEV_ONE_IN, statements.sentences[0])
 
 
 # -------------------------------------------------------------------------------------------- files

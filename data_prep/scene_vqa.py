@@ -10,8 +10,8 @@ import json
 from typing import Any, NamedTuple
 
 import numpy as np
-from scene_drawing import FEW, Scene, pick, sample_scene
-from scene_files import Files
+from scene_drawing import Scene, pick, simple_scene
+from scene_files import Files, numbered
 from scene_questions import Question, ask
 
 NUM_QUESTIONS, NUM_ANNOTATORS = 6, 10
@@ -93,7 +93,7 @@ class Asked(NamedTuple):
 
 def make_asked(rng: np.random.Generator, image_size: int) -> Asked:
     """A scene with questions and answers by lot."""
-    scene = sample_scene(rng, image_size, FEW)
+    scene = simple_scene(rng, image_size)
     questions = ask(scene, rng, NUM_QUESTIONS)
     return Asked(scene, tuple((q, tuple(annotate(q, rng) for _ in range(NUM_ANNOTATORS))) for q in questions))
 
@@ -131,8 +131,7 @@ def vqa_files(splits: dict[str, list[Asked]]) -> Files:
     files: Files = {}
     for number, (split, items) in enumerate(splits.items()):
         subtype, entries = f"{split}2014", []
-        for i, item in enumerate(items):
-            image_id = 2 * i + 1 + number
+        for image_id, item in numbered(items, number).items():
             files[f"{subtype}/COCO_{subtype}_{image_id:012d}.jpg"] = item.scene
             entries += [(image_id, 1000 * image_id + k, *pair) for k, pair in enumerate(item.questions)]
         questions = [{"image_id": image, "question": q.text, "question_id": id} for image, id, q, _ in entries]

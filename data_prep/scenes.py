@@ -53,7 +53,8 @@ class Stream(NamedTuple):
         make: draws one by lot, for pictures of a size.
         contents: what no example of the one split may share with one of the other split.
         write: writes the splits into a folder by the options.
-        is_for_val: whether an example may stand in the validation split only, by its own words; none: any in both.
+        is_for_val: whether an example belongs to the validation split, else to the training split, by its content;
+            none: either may hold it.
     """
 
     count: int
@@ -167,7 +168,9 @@ STREAMS = {
         lambda item: scene_content(item) if item.scene.objects else set(),
         official(instances_files),
     ),
-    "imagefolder": Stream(100, f"pictures of each of the {len(SHAPES)} classes", make_row, set, official(class_files)),
+    "imagefolder": Stream(
+        100, f"pictures of each of the {len(SHAPES)} classes", make_row, lambda row: set(), official(class_files)
+    ),
 }
 
 
