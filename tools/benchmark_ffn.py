@@ -33,8 +33,7 @@ def main() -> int:
 
 def report(options: argparse.Namespace) -> int:
     device = machine.prepare(options)
-    native = ["float32", *(["bfloat16"] if machine.multiplies_bfloat16(device) else [])]
-    dtypes = [TYPES[name] for name in options.dtype or native]
+    dtypes = [TYPES[name] for name in options.dtype or machine.native_types(device)]
     results = machine.describe(options, device, "benchmark_ffn")
     groups = {name: GROUPS[name] for name in options.sizes}
     results |= ffn.measure(groups, dtypes, device, rounds=options.rounds, clock=machine.clock_of(options, device))

@@ -32,10 +32,9 @@ def main() -> int:
 
 def report(options: argparse.Namespace) -> int:
     device = machine.prepare(options)
-    native = ["float32", *(["bfloat16"] if machine.multiplies_bfloat16(device) else [])]
     results = machine.describe(options, device, "benchmark_training") | training.measure(
         options.parts,
-        options.dtype or native,
+        options.dtype or machine.native_types(device),
         device,
         rounds=options.rounds,
         clock=machine.clock_of(options, device),

@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 
 from ..models.encoder import Encoder
-from .counting import GROUPS, NATS, count_trace, labelled_tokens
+from .counting import GROUPS, NATS, count_trace, divergence_bins, labelled_tokens
 from .labels import Labels
 from .specialisation import Specialisation, favourites, measure
 from .token_sample import TokenSample
-from .trace import PARTS, LayerTrace, RoutingTrace, find_encoder
+from .trace import PARTS, RoutingTrace, find_encoder
 
 SHARES = {
     "token": "choices of an expert / tokens (sums to sub-tokens x top_k a layer)",
@@ -80,7 +80,8 @@ class Activation:
     def of_traces(cls, traces: Iterable[RoutingTrace]) -> Activation:
         """Counts of some traces of one model, without labels; at least one."""
         traces = list(traces)
-        layers = sorted({layer.name: layer for trace in traces for layer in trace.layers}.values(), key=_layer_order)
+        found = {layer.name: layer for trace in traces for layer in trace.layers}
+        layers = sorted(found.values(), key=lambda layer: layer.order)
         sizes = {name: getattr(layers[0], name) for name in ("num_experts", "top_k", "num_subtokens")}
         activation = cls([layer.name for layer in layers], **sizes)
         for trace in traces:
@@ -134,11 +135,6 @@ class Activation:
                 self.tokens[part].add(found)
 
     # ----------------------------------------------------------------------------------------- results
-    @property
-    def max_divergence(self) -> int:
-        """Most distinct experts that a token can reach in a layer."""
-        return min(self.num_subtokens * self.top_k, self.num_experts)
-
     @property
     def used(self) -> list[str]:
         """The pools that tokens passed, bottom first."""
@@ -199,7 +195,7 @@ class Activation:
     def divergence(self, *groups: str) -> np.ndarray:
         """Tokens of some :data:`GROUPS` by divergence: entry i counts those that reach i / ``num_blocks`` distinct
         experts, averaged over the layers."""
-        size = self.max_divergence * self.num_blocks + 1
+        size = divergence_bins(self.num_blocks, self.num_experts, self.num_subtokens * self.top_k)
         table = self.sums.get("divergence", np.zeros((len(GROUPS), size), np.int64))
         return table[[GROUPS.index(group) for group in groups]].sum(0)
 
@@ -298,10 +294,6 @@ class Activation:
                 kind: {pool: found.to_dict() for pool, found in self.specialisation(kind).items()} for kind in LABELS
             },
         }
-
-
-def _layer_order(layer: LayerTrace) -> tuple[int, int]:
-    return layer.block, ("joint", "image", "text", "pair").index(layer.pool)
 
 
 def _number(value: float) -> float | None:

@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from .. import distributed
 from ..data.loader import Source, StreamedShards, open_shards
 from ..data.shards import expand_shards
+from ..data.writing import write_files
 from ..errors import ConfigError, DataError, one_line
 from .activation import Activation
 from .activation_report import Findings, StepMaps, report_files
 from .labels import read_words
 from .samples import Item, gather, open_picture
 from .survey import survey
-from .trace import trace_routing
-from .trained import TrainedModel, different, kept_steps, load_model
-from .visualize import write_files
+from .trace import check_capacity, trace_routing
+from .trained import TrainedModel, kept_steps, load_model, told_apart
 
 
 def expert_activation(
@@ -59,9 +60,7 @@ def expert_activation(
     try:
         listed = read_words(words) if words is not None else []
         source = _open_data(data)
-        models = [load_model(path) for path in checkpoint]
-        names = different([model.name for model in models])
-        models = [model._replace(name=name) for name, model in zip(names, models, strict=True)]
+        models = told_apart([load_model(path) for path in checkpoint])
         item = _open_image(image, models)
         steps = {m.name: kept_steps(path) for path, m in zip(checkpoint, models, strict=True) if item and _is_sparse(m)}
         options = {"capacity_factor": capacity, "batch_size": batch_size, "num_workers": num_workers, "device": place}
@@ -71,9 +70,8 @@ def expert_activation(
             num_samples=len(source),
             listed=words and words.name,
             capacity_factor=capacity,
-            maps={name: _maps(item, folders) for name, folders in steps.items()},
         )
-        distributed.on_main(lambda: _write(out, findings, per))
+        distributed.on_main(lambda: _write(out, findings, per, item, steps))
     finally:
         distributed.shutdown()
     return 0
@@ -92,8 +90,7 @@ def _check(
         raise ConfigError("--checkpoint: none given (name run folders)")
     if not data and image is None:
         raise ConfigError("--data: none given (name shards, or a picture with --image)")
-    if capacity is not None and not 0 < capacity < float("inf"):
-        raise ConfigError(f"--capacity: {capacity} is not positive (raise it, or leave it out to drop nothing)")
+    check_capacity(capacity, "--capacity")
     if out.exists() and not out.is_dir():
         raise ConfigError(f"--out: {out} is not a folder (name another one)")
     if batch_size < 1 or num_workers < 0:
@@ -141,6 +138,10 @@ def _maps(item: Item, steps: Sequence[tuple[int, Path]]) -> StepMaps:
     return StepMaps(picture.permute(1, 2, 0).numpy(), traces)
 
 
-def _write(out: Path, findings: Findings, per: str) -> None:
+def _write(
+    out: Path, findings: Findings, per: str, item: Item | None, steps: Mapping[str, Sequence[tuple[int, Path]]]
+) -> None:
+    """The report with the maps of the picture, which only the rank that writes traces."""
+    findings = replace(findings, maps={name: _maps(item, folders) for name, folders in steps.items()})
     for path in write_files(out, report_files(findings, per)):
         print(one_line(path))

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..config import read_yaml
+from ..data.writing import write_files
 from ..errors import ConfigError, DataError
 from .plotting import COLORS, MARKERS, drawn, panels, png, shown
 from .run_log import RunLog, read_metrics
-from .trained import different
-from .visualize import write_files
+from .trained import told_apart
 
 
 class LoggedRun(NamedTuple):
@@ -152,8 +152,7 @@ def plot_runs(runs: Sequence[str], metric: str, out: Path) -> int:
     Returns:
         The exit code, 0.
     """
-    logged = [read_run(run) for run in runs]
-    logged = [run._replace(name=name) for run, name in zip(logged, different([r.name for r in logged]), strict=True)]
+    logged = told_apart([read_run(run) for run in runs])
     files = {"perplexity.png": png(perplexity_curves(logged, metric))}
     if any(run.num_experts for run in logged):
         files["perplexity_by_experts.png"] = png(perplexity_by_experts(logged, metric))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -99,14 +100,6 @@ def _collate(examples: list[_Example], pad_id: int) -> _Batch:
     )
 
 
-class _Collate:
-    def __init__(self, pad_id: int) -> None:
-        self.pad_id = pad_id
-
-    def __call__(self, examples: list[_Example]) -> _Batch:
-        return _collate(examples, self.pad_id)
-
-
 # ---------------------------------------------------------------------------------------------- pass
 def survey(
     model: TrainedModel,
@@ -142,7 +135,7 @@ def survey(
         source,
         _Examples(model),
         batch_size if capacity_factor is None else 1,
-        _Collate(model.tokenizer.pad_id if model.tokenizer else 0),
+        partial(_collate, pad_id=model.tokenizer.pad_id if model.tokenizer else 0),
         rank=distributed.rank(),
         world=distributed.world_size(),
     )

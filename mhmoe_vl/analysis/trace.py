@@ -99,6 +99,11 @@ class LayerTrace:
         return f"blocks.{self.block}.{self.pool}"
 
     @property
+    def order(self) -> tuple[int, int]:
+        """Where it stands: from the bottom, pools of a block in the order of :data:`_POOLS`."""
+        return self.block, _POOLS.index(self.pool)
+
+    @property
     def num_rows(self) -> int:
         """Routed rows."""
         return self.num_subtokens * sum(int(part.counted.sum()) for part in self.parts.values())
@@ -169,7 +174,7 @@ def join_traces(traces: Sequence[RoutingTrace]) -> RoutingTrace:
     Args:
         traces: with images of one grid. Batches of pairs come last, because the last images and texts are pairs.
     """
-    ways = {(layer.block, _POOLS.index(layer.pool)): layer for trace in traces for layer in trace.layers}
+    ways = {layer.order: layer for trace in traces for layer in trace.layers}
     layers = [_join_layers(ways[way], traces) for way in sorted(ways)]
     counts = {name: sum(getattr(trace, name) for trace in traces) for name in ("num_images", "num_texts", "num_pairs")}
     return replace(
@@ -208,6 +213,12 @@ def _num_samples(trace: RoutingTrace, part: str) -> int:
 
 
 # ------------------------------------------------------------------------------------------- tracing
+def check_capacity(factor: float | None, name: str) -> None:
+    """Refuse a capacity factor that is not positive; ``name`` is what the user calls it."""
+    if factor is not None and not 0 < factor < float("inf"):
+        raise ConfigError(f"{name}: {factor} is not positive (raise it, or leave it out to drop nothing)")
+
+
 def trace_routing(
     model: nn.Module,
     image: Tensor | None = None,
@@ -237,8 +248,7 @@ def trace_routing(
     encoder = find_encoder(model)
     if image is None and text is None:
         raise ConfigError("trace_routing: neither image nor text (give one)")
-    if capacity_factor is not None and not capacity_factor > 0:
-        raise ConfigError(f"capacity_factor: {capacity_factor} is not positive (raise it; none drops nothing)")
+    check_capacity(capacity_factor, "capacity_factor")
     with _evaluation(encoder), torch.no_grad():
         output = encoder(image, text, text_padding=text_padding, num_pairs=num_pairs, return_routing=True)
     if num_pairs is None:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from ..data.text import TextTokenizer, create_text_tokenizer
 from ..errors import CheckpointError, one_line
 from ..models.encoder import Encoder
 from ..models.factory import load_pretrained, saved_run
+
+Named = TypeVar("Named", bound=NamedTuple)
 
 
 class TrainedModel(NamedTuple):
@@ -58,6 +60,12 @@ def different(names: Sequence[str]) -> list[str]:
         count = sum(other == name for other in names[: len(seen)])
         seen.append(f"{name} ({count + 1})" if count else name)
     return seen
+
+
+def told_apart(items: Sequence[Named]) -> list[Named]:
+    """Named tuples with a ``name``, those that are the same made :func:`different`."""
+    names = different([item.name for item in items])
+    return [item._replace(name=name) for item, name in zip(items, names, strict=True)]
 
 
 def kept_steps(run: str | Path) -> list[tuple[int, Path]]:

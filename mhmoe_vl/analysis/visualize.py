@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import csv
 import importlib.util
 import io
 import json
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import repeat
@@ -19,13 +17,23 @@ import torch
 from torch import Tensor
 
 from ..data.text import TextTokenizer, pad
+from ..data.writing import write_files
 from ..errors import CheckpointError, ConfigError, one_line
 from . import figures as draw
 from .plotting import png
 from .routing_page import Shown, render
 from .samples import Item, gather, open_picture
-from .trace import LayerTrace, RoutingTrace, TokenTrace, find_encoder, join_traces, rounded, trace_routing
-from .trained import TrainedModel, different, load_model
+from .trace import (
+    LayerTrace,
+    RoutingTrace,
+    TokenTrace,
+    check_capacity,
+    find_encoder,
+    join_traces,
+    rounded,
+    trace_routing,
+)
+from .trained import TrainedModel, load_model, told_apart
 
 COLUMNS = ("checkpoint", "sample", "part", "token", "block", "pool", "subtoken", "choice", "expert", "gate", "kept",
            "entropy")  # fmt: skip
@@ -64,9 +72,7 @@ def visualize(
     """
     _check(checkpoint, capacity, img_size, limit, batch_size)
     items = gather(image, text, limit)
-    models = [load_sparse_model(path, img_size) for path in checkpoint]
-    names = different([model.name for model in models])
-    models = [model._replace(name=name) for name, model in zip(names, models, strict=True)]
+    models = told_apart([_load_sparse_model(path, img_size) for path in checkpoint])
     _refuse_other_shapes(models)
     items = [_fitting(item, models) for item in items]
     shown = [Shown(model.name, *_trace(model, items, capacity, batch_size)) for model in models]
@@ -92,14 +98,13 @@ def _check(
         raise ConfigError(f"--checkpoint: {len(checkpoint)} given (name one run folder, or two to see side by side)")
     if img_size is not None and (len(img_size) > 2 or min(img_size) < 1):
         raise ConfigError(f"--img-size: {img_size} (give a side, or height and width, in pixels)")
-    if capacity is not None and not 0 < capacity < float("inf"):
-        raise ConfigError(f"--capacity: {capacity} is not positive (raise it, or leave it out to drop nothing)")
+    check_capacity(capacity, "--capacity")
     for name, value in (("limit", limit), ("batch-size", batch_size)):
         if value < 1:
             raise ConfigError(f"--{name}: {value} is below 1 (raise it)")
 
 
-def load_sparse_model(path: str, img_size: Sequence[int] | None) -> TrainedModel:
+def _load_sparse_model(path: str, img_size: Sequence[int] | None) -> TrainedModel:
     """The model at ``path``, for pictures of ``img_size``.
 
     Raises:
@@ -240,25 +245,3 @@ def _figures(pictures: Sequence[Tensor | None], shown: Sequence[Shown]) -> dict[
         places = {one.places[number][0] for one in shown}
         made[f"divergence_map-{number}"] = draw.divergence_maps(image, traces, *places)
     return {f"{name}.png": png(figure) for name, figure in made.items()}
-
-
-def write_files(folder: Path, files: Mapping[str, bytes]) -> list[Path]:
-    """Write files into a folder, each whole or not at all, none before all could be written.
-
-    Raises:
-        ConfigError: the folder cannot be written.
-    """
-    paths = [folder / name for name in files]
-    parts = [path.with_name(f"{path.name}.part") for path in paths]
-    try:
-        for part, content in zip(parts, files.values(), strict=True):
-            part.parent.mkdir(parents=True, exist_ok=True)
-            part.write_bytes(content)
-        for part, path in zip(parts, paths, strict=True):
-            os.replace(part, path)
-    except OSError as error:
-        for part in parts:
-            with contextlib.suppress(OSError):
-                part.unlink()
-        raise ConfigError(f"--out: {folder}: {error.strerror} (name a folder that can be written)") from error
-    return paths

@@ -12,7 +12,7 @@ import torch
 from ..errors import TrainingError
 from . import parts
 from .contenders import TOLERANCE, Run
-from .goals import Goal, Measure, largest, memory_quotient, number, quotient
+from .goals import NO_BF16, Goal, Measure, largest, memory_quotient, number, quotient
 from .memory import peak_mib
 from .opponents import OPPONENTS, NotHere
 from .sizes import EXPERTS, GROWING_EXPERTS, GROWING_TOKENS, Case
@@ -22,7 +22,6 @@ from .timing import Clock, interleave, ratio, spread
 FP32, BF16 = "float32", "bfloat16"
 PROFILED = "base"
 FLOORS = ("thick", "thin")
-NO_BF16 = "this processor does not multiply bfloat16 itself"
 
 
 def measure_group(

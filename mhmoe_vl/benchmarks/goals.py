@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from .tables import markdown
 from .timing import Spread, ratio, spread
 
+NO_BF16 = "this processor does not multiply bfloat16 itself"
 Results = dict[str, Any]
 Measured = Spread | None
 Measure = Callable[[Results], Measured]

@@ -56,9 +56,9 @@ def clock_of(options: argparse.Namespace, device: torch.device) -> Clock:
     return make_clock(options.clock, device)
 
 
-def multiplies_bfloat16(device: torch.device) -> bool:
-    """Whether bfloat16 is worth measuring: ``train.precision: auto`` would take it."""
-    return uses_bfloat16("auto", device)
+def native_types(device: torch.device) -> list[str]:
+    """What is worth measuring: bfloat16 where ``train.precision: auto`` would take it."""
+    return ["float32", *(["bfloat16"] if uses_bfloat16("auto", device) else [])]
 
 
 def describe(options: argparse.Namespace, device: torch.device, tool: str) -> dict[str, Any]:

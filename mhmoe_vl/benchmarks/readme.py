@@ -35,14 +35,14 @@ def _shown(path: Path) -> str:
         raise DataError(f"{path}: not the JSON of a benchmark: {what} (name what --json wrote)") from error
 
 
-def replace_section(text: str, new: str, name: str) -> str:
-    """``text`` with ``new`` between the two marks.
+def replace_section(text: str, new: str, name: str, start: str = START, end: str = END) -> str:
+    """``text`` with ``new`` between two marks.
 
     Raises:
         DataError: the marks are not there, each once and in order.
     """
-    before, start, rest = text.partition(START)
-    _, end, after = rest.partition(END)
-    if not (start and end) or START in after or END in after:
-        raise DataError(f"{name}: has not once {START!r} and then {END!r} (put them back)")
-    return f"{before}{START}\n{new}\n{END}{after}"
+    before, found, rest = text.partition(start)
+    _, closed, after = rest.partition(end)
+    if not (found and closed) or start in after or end in after:
+        raise DataError(f"{name}: has not once {start!r} and then {end!r} (put them back)")
+    return f"{before}{start}\n{new}\n{end}{after}"

@@ -12,7 +12,7 @@ import torch
 
 from ..errors import TrainingError
 from .ffn import say
-from .goals import Goal, quotient
+from .goals import NO_BF16, Goal, quotient
 from .loading import difference, make_loaders, write_pictures
 from .step import SIZES, VARIANTS, StepSize, make_heads, make_step
 from .tables import markdown
@@ -105,8 +105,6 @@ def group_table(measured: dict[str, Any]) -> str:
         rows.append([case["name"], f"{median:.0f} ({low:.0f} to {high:.0f})", f"{quotient_:.2f}"])
     return markdown(rows)
 
-
-NO_BF16 = "this processor does not multiply bfloat16 itself"
 
 GOALS = [
     *(

@@ -1,20 +1,21 @@
-"""Writing shards that anyone's WebDataset reader can read, whole or not at all."""
+"""Writing shards that anyone's WebDataset reader can read, and folders of results: whole or not at all."""
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import multiprocessing
 import os
 import tarfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
 from tqdm import tqdm
 
-from ..errors import DataError
+from ..errors import ConfigError, DataError
 from .manifest import manifest_path, read_manifest, refusal, scan_fully, to_json, write_text
 from .sample import split_name
 from .tar import Member
@@ -144,3 +145,25 @@ def _is_whole(path: Path, num_samples: int) -> bool:
         return index is not None and len(index.samples) == num_samples and path.stat().st_size == index.size
     except (DataError, FileNotFoundError):
         return False
+
+
+def write_files(folder: Path, files: Mapping[str, bytes]) -> list[Path]:
+    """Write files into a folder, each whole or not at all, none before all could be written.
+
+    Raises:
+        ConfigError: the folder cannot be written.
+    """
+    paths = [folder / name for name in files]
+    parts = [path.with_name(f"{path.name}.part") for path in paths]
+    try:
+        for part, content in zip(parts, files.values(), strict=True):
+            part.parent.mkdir(parents=True, exist_ok=True)
+            part.write_bytes(content)
+        for part, path in zip(parts, paths, strict=True):
+            os.replace(part, path)
+    except OSError as error:
+        for part in parts:
+            with contextlib.suppress(OSError):
+                part.unlink()
+        raise ConfigError(f"--out: {folder}: {error.strerror} (name a folder that can be written)") from error
+    return paths

@@ -66,7 +66,6 @@ def test_divergence_by_hand():
     assert activation.mean_divergence("patch") == 1.5
     assert activation.mean_divergence("word", "patch") == (4 + 2 + 4 + 3) / 2 / 4
     assert np.isnan(activation.mean_divergence("listed"))
-    assert activation.max_divergence == 2
 
 
 def test_listed_words_by_hand():

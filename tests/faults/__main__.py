@@ -12,6 +12,9 @@ from datetime import date
 from importlib import import_module
 from pathlib import Path
 
+from mhmoe_vl.benchmarks.readme import replace_section
+from mhmoe_vl.benchmarks.tables import markdown
+
 from .harness import ROOT, Found
 
 PROMISES = {
@@ -33,7 +36,7 @@ PROMISES = {
 """files beside this one, by the number of their promise"""
 RESULTS = ROOT / "results" / "faults.json"
 README = ROOT / "README.md"
-BEGIN, END = "<!-- faults: written by make faults -->\n", "<!-- /faults -->\n"
+BEGIN, END = "<!-- faults: written by make faults -->", "<!-- /faults -->"
 
 
 def check(number: int, folder: Path, *, full: bool) -> Found:
@@ -44,17 +47,14 @@ def check(number: int, folder: Path, *, full: bool) -> Found:
 
 def table(results: list[dict]) -> str:
     """The results as a table in Markdown."""
-    lines = ["| | promise | found | met |", "| --- | --- | --- | --- |"]
-    for row in results:
-        lines.append(f"| {row['number']} | {row['title']} | {row['figure']} | {'yes' if row['met'] else 'no'} |")
-    return "\n".join(lines) + "\n"
+    rows = [(str(row["number"]), row["title"], row["figure"], "yes" if row["met"] else "no") for row in results]
+    return markdown([("", "promise", "found", "met"), *rows]) + "\n"
 
 
 def write_readme(results: list[dict], when: str) -> None:
     """Put the table between its marks in README."""
-    before, _, rest = README.read_text(encoding="utf-8").partition(BEGIN)
-    _, _, after = rest.partition(END)
-    README.write_text(f"{before}{BEGIN}\nRun on {when}.\n\n{table(results)}\n{END}{after}", encoding="utf-8")
+    text, new = README.read_text(encoding="utf-8"), f"\nRun on {when}.\n\n{table(results)}"
+    README.write_text(replace_section(text, new, README.name, BEGIN, END), encoding="utf-8")
 
 
 def main() -> int:
