@@ -179,9 +179,9 @@ def load_pretrained(run_folder: str | Path, **overrides: Any) -> Encoder:
         CheckpointError: a file is missing or from a later version, or weights do not fit (the first five, with both
             shapes).
     """
-    config_file, run = _config_file(Path(run_folder)), saved_run(run_folder)
+    folder = Path(run_folder)
+    run, config_file = saved_run(folder), _config_file(folder) or folder / "config.json"
     if run is None:
-        config_file = Path(run_folder) / "config.json"
         values, parity = _saved_encoder(config_file), None
     elif run.encoder is None:
         raise CheckpointError(f"{config_file}: encoder is not set (name a run that trained an encoder)")

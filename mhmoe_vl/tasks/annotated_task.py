@@ -133,8 +133,7 @@ class AnnotatedTask(Task):
 
     def recorded(self) -> dict[str, str]:
         """Which groups of the training files validate, and how many examples train and validate."""
-        split = {"validation": sorted(self.validating), "training_examples": len(self.train)}
-        return {SPLIT_FILE: json.dumps(split | {"validation_examples": len(self.val)}, indent=0) + "\n"}
+        return {SPLIT_FILE: split_text(self.validating, len(self.train), len(self.val))}
 
     def restore(self, files: Mapping[str, str]) -> None:
         self.kept = files
@@ -180,6 +179,13 @@ class PairTask(AnnotatedTask):
     def image_transform(self, *, train: bool) -> ImageTransform:
         """What becomes of a picture."""
         return ImageTransform(self.inputs.img_size, train=train, whole=True, **self.augment)
+
+
+def split_text(validating: Iterable[Any], train: int | None, val: int | None) -> str:
+    """What a run records of its split: the groups that validate, and how many examples train and validate (none where
+    that is not known)."""
+    split = {"validation": sorted(validating), "training_examples": train, "validation_examples": val}
+    return json.dumps(split, indent=0) + "\n"
 
 
 def listed(value: str | Iterable[str] | None) -> list[str]:

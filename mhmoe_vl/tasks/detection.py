@@ -125,6 +125,7 @@ class Detection(AnnotatedTask):
     ) -> None:
         super().__init__(inputs, **others)
         self.val_fraction, self.augment, self.detector = val_fraction, augment, detector
+        self.kinds = IOU_TYPES if detector["masks"] else {"box": "bbox"}
         self._instances: dict[str, CocoSplit] = {}
         self.attention = {"window_size": window_size, "num_global_blocks": num_global_blocks}
         if "image" not in inputs.modalities:
@@ -217,8 +218,7 @@ class Detection(AnnotatedTask):
         images = [(record["id"], record["width"], record["height"]) for record in records]
         truth = [entry | {"image_id": record["id"]} for record in records for entry in record["truth"]]
         found = [entry | {"image_id": record["id"]} for record in records for entry in record["detections"]]
-        kinds = IOU_TYPES if self.detector["masks"] else {"box": "bbox"}
-        return {name: score_coco(images, self.categories, truth, found, kind) for name, kind in kinds.items()}
+        return {name: score_coco(images, self.categories, truth, found, kind) for name, kind in self.kinds.items()}
 
     def score(self, records: list[Record]) -> dict[str, float]:
         """COCO's twelve numbers as ``box/AP`` and so on, and for masks as ``mask/AP`` and so on; without those of sizes
@@ -245,9 +245,9 @@ class Detection(AnnotatedTask):
 
     def submission(self, records: list[Record]) -> dict[str, str]:
         """The files that the evaluation server takes: of boxes, and of masks."""
-        places = {"bbox": "bbox", "segm": "segmentation"} if self.detector["masks"] else {"bbox": "bbox"}
         files = {}
-        for kind, place in places.items():
+        for kind in self.kinds.values():
+            place = "bbox" if kind == "bbox" else "segmentation"
             entries = [
                 {"image_id": record["id"]} | {name: entry[name] for name in ("category_id", place, "score")}
                 for record in records

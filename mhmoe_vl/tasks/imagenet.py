@@ -41,11 +41,12 @@ from ..errors import ConfigError
 from ..models.classifier import ImageClassifier
 from ..models.encoder import Encoder
 from ..models.heads import ClassNames
+from .annotated_task import SPLIT_FILE, split_text
 from .base import InputSpec, ModelOutput, Record, Task
 from .encoder_model import model_output
 
 NUM_CANDIDATES = 5
-CLASSES_FILE, SPLIT_FILE = "classes.json", "split.json"
+CLASSES_FILE = "classes.json"
 
 
 @dataclass(frozen=True)
@@ -225,10 +226,9 @@ class ImageNet(Task):
     def recorded(self) -> dict[str, str]:
         """The list of classes, and which pictures of the training files validate."""
         counts = [None if isinstance(source, StreamedShards) else len(source) for source in (self.train, self.val)]
-        split = {"validation": sorted(self.validating), "training_examples": counts[0]}
         return {
             CLASSES_FILE: json.dumps(self.classes, indent=0, ensure_ascii=False) + "\n",
-            SPLIT_FILE: json.dumps(split | {"validation_examples": counts[1]}, indent=0) + "\n",
+            SPLIT_FILE: split_text(self.validating, *counts),
         }
 
     def restore(self, files: Mapping[str, str]) -> None:
@@ -277,7 +277,8 @@ class ImageNet(Task):
         are known only when they are read."""
         if not isinstance(self.given, ImageFolder):
             return {}
-        labels = [example.record for example in self.train]
+        labels = self.given.labels
+        labels = labels[self.train.numbers] if isinstance(self.train, Chosen) else labels
         best = np.argsort(-np.bincount(labels, minlength=len(self.classes)), kind="stable")[:NUM_CANDIDATES]
         candidates = [[self.classes[number], 0.0] for number in best]
         guess = {"prediction": candidates[0][0], "candidates": candidates}
