@@ -11,9 +11,12 @@ import contextlib
 import functools
 import logging
 import os
+import sys
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from multiprocessing import AuthenticationError
+from types import TracebackType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -332,7 +335,7 @@ class Loader:
             num_workers=num_workers,
             timeout=WORKER_TIMEOUT if num_workers else 0,
             collate_fn=_unchanged,
-            worker_init_fn=_leave_process_group,
+            worker_init_fn=_begin_worker,
             generator=torch.Generator(),  # or it would draw from torch's own, which must be restored on resume
         )
 
@@ -350,10 +353,17 @@ def _unchanged(item: Any) -> Any:
     return item
 
 
-def _leave_process_group(worker: int) -> None:
+def _begin_worker(worker: int) -> None:
     """Signals to the whole group, such as Ctrl-C, are for the process that trains: it needs its workers for the step
-    under way, and ends them itself."""
+    under way, and ends them itself. When it ends while a worker hands it a tensor, it is the one to say why."""
     os.setpgid(0, 0)
+    sys.excepthook = _unless_other_side_is_gone
+
+
+def _unless_other_side_is_gone(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """What multiprocessing's thread that serves tensors calls on an error; torch passes a worker's own errors on."""
+    if not issubclass(kind, (OSError, EOFError, AuthenticationError)):
+        sys.__excepthook__(kind, error, trace)
 
 
 @contextlib.contextmanager

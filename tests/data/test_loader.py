@@ -17,6 +17,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mhmoe_vl.data import loader
 from mhmoe_vl.data.loader import (
     StepDataset,
     StreamedShards,
@@ -197,6 +198,15 @@ def test_errors_in_a_worker_stay_one_line(workers: int) -> None:
     dataset = StepDataset({"texts": (numbered(8), 2, _bug)}, Batch)
     with pytest.raises(RuntimeError, match="a bug"):
         list(step_loader(dataset, 0, 3, workers))
+
+
+def test_a_worker_is_silent_when_the_trainer_ends_while_it_hands_over_a_tensor(capsys: pytest.CaptureFixture[str]):
+    """Only of that: other errors in a worker's threads are still shown."""
+    for error in (EOFError(), ConnectionResetError(), multiprocessing.AuthenticationError()):
+        loader._unless_other_side_is_gone(type(error), error, None)
+    assert capsys.readouterr().err == ""
+    loader._unless_other_side_is_gone(ValueError, ValueError("bug"), None)
+    assert "ValueError: bug" in capsys.readouterr().err
 
 
 @pytest.mark.slow
