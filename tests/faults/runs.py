@@ -45,5 +45,5 @@ def pretrain(*arguments: object) -> int:
 
 
 def losses(run_dir: Path) -> list[dict]:
-    """Lines of the log without what may differ between equal runs."""
-    return metrics(run_dir)
+    """Lines of the log without what may differ between equal runs; none where a run was stopped in its first step."""
+    return metrics(run_dir) if (run_dir / "metrics.jsonl").exists() else []
