@@ -18,7 +18,7 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from ..errors import ConfigError
-from ..nn import moe
+from ..nn import experts, moe
 from ..nn.experts import Experts
 from ..nn.router import Router
 from .contenders import Dense, Run
@@ -36,8 +36,9 @@ _MARKED = [
     (moe, "gather_rows", "permute"),
     (moe, "scatter_rows", "combine"),
     (moe, "make_plan", "sort"),
-    (moe, "permute", "permute"),
-    (moe, "combine", "combine"),
+    (experts, "permute", "permute"),
+    (experts, "combine", "combine"),
+    (experts, "fused_mix", "experts"),
     (moe, "choose_experts", "router"),
     (Router, "forward", "router"),
     (Router, "gates", "router"),

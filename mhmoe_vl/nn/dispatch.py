@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-Path = Literal["grouped", "split", "tiles"]
+Path = Literal["grouped", "split", "tiles", "fused"]
 
 TILE = 64
 """rows of a tile"""

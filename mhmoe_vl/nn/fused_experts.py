@@ -13,16 +13,21 @@ import importlib.util
 import warnings
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from .dispatch import Plan
+from ..errors import one_line
+from .dispatch import Plan, make_plan
 
 FORWARD = {"BLOCK_M": 128, "BLOCK_F": 64, "num_warps": 8, "num_stages": 3}
 BACKWARD_ROWS = {"BLOCK_M": 128, "BLOCK_F": 64, "num_warps": 8, "num_stages": 2}
-BACKWARD_WEIGHTS = {"BLOCK_M": 64, "BLOCK_F": 64, "num_warps": 4, "num_stages": 2}
-"""Tiles and pipelines, measured on an H100 at rows of 192."""
+BACKWARD_WEIGHTS = (
+    {"FC1": True, "FC2": False, "BLOCK_M": 64, "BLOCK_F": 128, "num_warps": 8, "num_stages": 2},
+    {"FC1": False, "FC2": True, "BLOCK_M": 64, "BLOCK_F": 128, "num_warps": 8, "num_stages": 2},
+)
+"""Tiles and pipelines, measured on an H100 at rows of 192. One launch for both matrices has no registers left."""
 
 _PIECES = 512
 """programs that the gradient of the weights is spread over at least: about four for each processor of an H100"""
@@ -37,12 +42,56 @@ def split_width(width: int) -> tuple[int, int] | None:
     return (first, rest) if fits else None
 
 
-@functools.cache
-def fused_available(device: torch.device) -> bool:
-    """Whether ``device`` is a GPU with tensor cores for bfloat16 and Triton is installed."""
-    if device.type != "cuda" or importlib.util.find_spec("triton") is None:
+def fused_runs(device: torch.device, dtype: torch.dtype, dim: int, hidden_dim: int, bias: bool) -> bool:
+    """Whether the kernels take experts of these sides on ``device``. The first time a GPU of Hopper's generation or
+    later is asked, they are compiled and held against stock operations on a few rows; where they fail, one warning
+    says why."""
+    if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16) or split_width(dim) is None:
         return False
-    return torch.version.hip is None and torch.cuda.get_device_capability(device) >= (9, 0)
+    return _probe(device, dtype, dim, hidden_dim, bias)
+
+
+@functools.cache
+def _probe(device: torch.device, dtype: torch.dtype, dim: int, hidden_dim: int, bias: bool) -> bool:
+    if importlib.util.find_spec("triton") is None or torch.version.hip is not None:
+        return False
+    if torch.cuda.get_device_capability(device) < (9, 0):
+        return False
+    try:
+        error = _probe_error(device, dtype, dim, hidden_dim, bias)
+    except Exception as failure:  # a compiler can fail in many ways
+        error, why = float("inf"), f"{type(failure).__name__}: {one_line(str(failure))[:120]}"
+    else:
+        why = f"their error is {error:.2g}"
+    if error <= 0.05:
+        return True
+    warnings.warn(f"fused kernels for experts {dim} x {hidden_dim} are not used: {why}", stacklevel=2)
+    return False
+
+
+@torch.inference_mode(False)
+@torch.enable_grad()
+def _probe_error(device: torch.device, dtype: torch.dtype, dim: int, hidden_dim: int, bias: bool) -> float:
+    """Largest error over largest value, of the output and all gradients, for 40 rows that two experts share."""
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape: int, scale: float = 1.0) -> Tensor:
+        return (scale * torch.randn(shape, generator=generator)).to(device).requires_grad_()
+
+    x, gates, grad = draw(40, dim), draw(40, 1), draw(40, dim)
+    w1, w2 = draw(2, dim, hidden_dim, scale=dim**-0.5), draw(2, hidden_dim, dim, scale=hidden_dim**-0.5)
+    b1, b2 = (draw(2, hidden_dim), draw(2, dim)) if bias else (None, None)
+    plan = make_plan(torch.arange(40, device=device).unsqueeze(1) % 2, 2, "fused")
+    with torch.autocast(device.type, enabled=False):
+        mine = fused_mix(x.to(dtype), gates, w1, b1, w2, b2, plan)
+        hidden = [x[e::2] @ w1[e] + (b1[e] if bias else 0) for e in range(2)]
+        parts = [F.gelu(h) @ w2[e] + (b2[e] if bias else 0) for e, h in enumerate(hidden)]
+        stock = gates * torch.stack(parts, 1).flatten(0, 1)
+        inputs = [tensor for tensor in (x, gates, w1, b1, w2, b2) if tensor is not None]
+        found = [mine, *torch.autograd.grad(mine, inputs, grad.to(dtype))]
+        wanted = [stock, *torch.autograd.grad(stock, inputs, grad)]
+    errors = [(a.float() - b).abs().max() / b.abs().max() for a, b in zip(found, wanted, strict=True)]
+    return torch.stack(errors).max().item()
 
 
 def fused_mix(
@@ -139,16 +188,17 @@ class _Shape:
         that took most of the rows, still fill the GPU."""
         from . import fused_kernels as kernels
 
-        parts = -(-self.hidden_dim // BACKWARD_WEIGHTS["BLOCK_F"])
+        parts = -(-self.hidden_dim // BACKWARD_WEIGHTS[0]["BLOCK_F"])
         more = max(16, _PIECES // parts - self.num_experts)
         chunk = 1 << (max(-(-self.num_slots // more), 256) - 1).bit_length()
         tensors = [w1, b1, w2, b2]
         first = [None if t is None else torch.empty_like(t, dtype=torch.float32) for t in tensors]
         later = [None if t is None else t.new_empty(more, *t.shape[1:], dtype=torch.float32) for t in tensors]
-        kernels.backward_weights_kernel[(parts, self.num_experts + more)](
-            x, grad, gate, plan.row, w1, b1, w2, *first, *later, plan.ends, self.num_experts,
-            **self.sides, CHUNK=chunk, **BACKWARD_WEIGHTS,
-        )  # fmt: skip
+        for launch in BACKWARD_WEIGHTS:
+            kernels.backward_weights_kernel[(-(-self.hidden_dim // launch["BLOCK_F"]), self.num_experts + more)](
+                x, grad, gate, plan.row, w1, b1, w2, *first, *later, plan.ends, self.num_experts,
+                **self.sides, CHUNK=chunk, **launch,
+            )  # fmt: skip
         for total, extra in zip(first, later, strict=True):
             if total is not None:
                 size, block = total[0].numel(), 1024

@@ -139,7 +139,7 @@ def backward_rows_kernel(
 def backward_weights_kernel(
     x, grad, gate, row, w1, b1, w2, dw1, db1, dw2, db2, more_dw1, more_db1, more_dw2, more_db2, ends, num_experts,
     D: tl.constexpr, F: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, BIAS: tl.constexpr, CHUNK: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_E: tl.constexpr,
+    FC1: tl.constexpr, FC2: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
     """Gradients of matrices and biases: a program a block of the hidden layer and a chunk of an expert's slots.
 
@@ -164,12 +164,18 @@ def backward_weights_kernel(
     known = f < F
     matrix = expert.to(tl.int64) * D * F
     v0 = tl.load(w1 + matrix + c0[None, :] * F + f[:, None], mask=known[:, None], other=0.0)
-    u0 = tl.load(w2 + matrix + f[:, None] * D + c0[None, :], mask=known[:, None], other=0.0)
-    dv0, du0 = tl.zeros((BLOCK_F, D0), tl.float32), tl.zeros((BLOCK_F, D0), tl.float32)
+    if FC1:
+        u0 = tl.load(w2 + matrix + f[:, None] * D + c0[None, :], mask=known[:, None], other=0.0)
+        dv0 = tl.zeros((BLOCK_F, D0), tl.float32)
+    if FC2:
+        du0 = tl.zeros((BLOCK_F, D0), tl.float32)
     if D1:
         v1 = tl.load(w1 + matrix + c1[None, :] * F + f[:, None], mask=known[:, None], other=0.0)
-        u1 = tl.load(w2 + matrix + f[:, None] * D + c1[None, :], mask=known[:, None], other=0.0)
-        dv1, du1 = tl.zeros((BLOCK_F, D1), tl.float32), tl.zeros((BLOCK_F, D1), tl.float32)
+        if FC1:
+            u1 = tl.load(w2 + matrix + f[:, None] * D + c1[None, :], mask=known[:, None], other=0.0)
+            dv1 = tl.zeros((BLOCK_F, D1), tl.float32)
+        if FC2:
+            du1 = tl.zeros((BLOCK_F, D1), tl.float32)
     if BIAS:
         bias = tl.load(b1 + expert * F + f, mask=known, other=0.0)
     dbias = tl.zeros((BLOCK_F,), tl.float32)
@@ -180,30 +186,43 @@ def backward_weights_kernel(
         weight = tl.load(gate + slot, mask=inside, other=0.0)
         x0 = tl.load(x + source[:, None] * D + c0[None, :], mask=inside[:, None], other=0.0)
         g0 = tl.load(grad + source[:, None] * D + c0[None, :], mask=inside[:, None], other=0.0)
-        z, dh = tl.dot(v0, tl.trans(x0)), tl.dot(u0, tl.trans(g0))
+        z = tl.dot(v0, tl.trans(x0))
+        if FC1:
+            dh = tl.dot(u0, tl.trans(g0))
         if D1:
             x1 = tl.load(x + source[:, None] * D + c1[None, :], mask=inside[:, None], other=0.0)
             g1 = tl.load(grad + source[:, None] * D + c1[None, :], mask=inside[:, None], other=0.0)
-            z, dh = tl.dot(v1, tl.trans(x1), z), tl.dot(u1, tl.trans(g1), dh)
+            z = tl.dot(v1, tl.trans(x1), z)
+            if FC1:
+                dh = tl.dot(u1, tl.trans(g1), dh)
         if BIAS:
             z += bias[:, None]
         cdf, bell = _normal(z)
-        hidden = (z * cdf * weight[None, :]).to(x0.dtype)
-        dz = dh * weight[None, :] * (cdf + 0.3989422804 * z * bell)
-        if BIAS:
-            dbias += tl.sum(dz, 1)
-        dz = dz.to(x0.dtype)
-        du0, dv0 = tl.dot(hidden, g0, du0), tl.dot(dz, x0, dv0)
-        if D1:
-            du1, dv1 = tl.dot(hidden, g1, du1), tl.dot(dz, x1, dv1)
+        if FC2:
+            hidden = (z * cdf * weight[None, :]).to(x0.dtype)
+            du0 = tl.dot(hidden, g0, du0)
+            if D1:
+                du1 = tl.dot(hidden, g1, du1)
+        if FC1:
+            dz = dh * weight[None, :] * (cdf + 0.3989422804 * z * bell)
+            if BIAS:
+                dbias += tl.sum(dz, 1)
+            dz = dz.to(x0.dtype)
+            dv0 = tl.dot(dz, x0, dv0)
+            if D1:
+                dv1 = tl.dot(dz, x1, dv1)
     place = piece.to(tl.int64) * D * F
-    tl.store(dw1 + place + c0[None, :] * F + f[:, None], dv0, mask=known[:, None])
-    tl.store(dw2 + place + f[:, None] * D + c0[None, :], du0, mask=known[:, None])
-    if D1:
-        tl.store(dw1 + place + c1[None, :] * F + f[:, None], dv1, mask=known[:, None])
-        tl.store(dw2 + place + f[:, None] * D + c1[None, :], du1, mask=known[:, None])
-    if BIAS:
-        tl.store(db1 + piece * F + f, dbias, mask=known)
+    if FC1:
+        tl.store(dw1 + place + c0[None, :] * F + f[:, None], dv0, mask=known[:, None])
+        if D1:
+            tl.store(dw1 + place + c1[None, :] * F + f[:, None], dv1, mask=known[:, None])
+        if BIAS:
+            tl.store(db1 + piece * F + f, dbias, mask=known)
+    if FC2:
+        tl.store(dw2 + place + f[:, None] * D + c0[None, :], du0, mask=known[:, None])
+        if D1:
+            tl.store(dw2 + place + f[:, None] * D + c1[None, :], du1, mask=known[:, None])
+    if BIAS and FC2:
         if part == 0:  # the second bias needs no hidden layer: one program of a chunk sums it
             s0, s1 = tl.zeros((D0,), tl.float32), tl.zeros((D1 if D1 else 1,), tl.float32)
             for first in range(begin, stop, BLOCK_M):

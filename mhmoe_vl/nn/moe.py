@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..checks import check_experts, check_whole, inner_width
 from ..distributed import all_reduce_sum
 from ..errors import ConfigError
-from .dispatch import Rows, combine, gather_rows, locate_rows, make_plan, permute, scatter_rows, within_capacity
+from .dispatch import Rows, gather_rows, locate_rows, make_plan, scatter_rows, within_capacity
 from .experts import Experts
 from .feed_forward import Activation, FeedForward, FFNLayer, FFNOutput
 from .router import DEFAULT_ROUTER, RouterScores, Routing, RoutingStats, build_router, choose_experts, count_experts
@@ -123,7 +123,7 @@ class RoutedExperts(nn.Module):
         kept = torch.ones_like(experts, dtype=torch.bool)
         if self.training and self.capacity_factor is not None:
             kept = within_capacity(plan.rank, self.num_experts, self.capacity_factor)
-        mixed = combine(self.experts(permute(x, plan), plan), gates * kept, plan)
+        mixed = self.experts.mix(x, gates * kept, plan)
         return (x + mixed if self.residual else mixed), kept
 
     @torch.no_grad()
