@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import warnings
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -21,16 +22,33 @@ from torch.autograd.function import once_differentiable
 from ..errors import one_line
 from .dispatch import Plan, make_plan
 
-FORWARD = {"BLOCK_M": 128, "BLOCK_F": 64, "num_warps": 8, "num_stages": 3}
-BACKWARD_ROWS = {"BLOCK_M": 128, "BLOCK_F": 64, "num_warps": 8, "num_stages": 2}
-BACKWARD_WEIGHTS = (
-    {"FC1": True, "FC2": False, "BLOCK_M": 64, "BLOCK_F": 128, "num_warps": 8, "num_stages": 2},
-    {"FC1": False, "FC2": True, "BLOCK_M": 64, "BLOCK_F": 128, "num_warps": 8, "num_stages": 2},
-)
-"""Tiles and pipelines, measured on an H100 at rows of 192. One launch for both matrices has no registers left."""
 
-_PIECES = 512
-"""programs that the gradient of the weights is spread over at least: about four for each processor of an H100"""
+FEWEST_PROGRAMS = 512
+"""programs that the gradients of the weights are spread over: about four for each processor of an H100"""
+
+
+class Tiles(NamedTuple):
+    """How a kernel cuts its work: slots and hidden units of a step, warps of a program, depth of its pipeline."""
+
+    BLOCK_M: int
+    BLOCK_F: int
+    num_warps: int
+    num_stages: int
+
+
+class Launch(NamedTuple):
+    """Tiles of the three kernels that multiply."""
+
+    forward: Tiles
+    rows: Tiles
+    weights: Tiles
+
+
+LAUNCHES = {
+    192: Launch(Tiles(128, 64, 8, 3), Tiles(128, 32, 8, 3), Tiles(64, 128, 8, 2)),
+    256: Launch(Tiles(128, 32, 8, 3), Tiles(64, 32, 8, 3), Tiles(64, 64, 8, 2)),
+}
+"""By the greatest width of a row, measured on an H100: what just fits into a processor's memory and registers."""
 
 
 def split_width(width: int) -> tuple[int, int] | None:
@@ -112,97 +130,107 @@ def fused_mix(
 
 
 class _FusedMix(Function):
-    """Saves rows, gates and the cast matrices; neither the gathered rows nor the experts' outputs."""
+    """Saves rows, gates and the cast matrices: neither the gathered rows nor anything of the experts."""
 
     @staticmethod
     def forward(ctx, x, gates, w1, b1, w2, b2, plan: Plan) -> Tensor:
-        from . import fused_kernels as kernels
-
-        x = x.contiguous()
-        matrices = (w1.to(x.dtype).contiguous(), w2.to(x.dtype).contiguous())
-        shape = _Shape(x, matrices[0], plan, b1 is not None)
-        y = x.new_empty(len(plan.row), x.shape[1])
-        kernels.forward_kernel[(shape.tiles(FORWARD["BLOCK_M"]),)](
-            x, plan.row, matrices[0], b1, matrices[1], b2, y, plan.ends, shape.num_experts, **shape.sides, **FORWARD
-        )
-        ctx.plan, ctx.shape, ctx.dtype = plan, shape, w1.dtype
-        ctx.save_for_backward(x, gates, *matrices, b1, b2)
-        return shape.gather_sum(y, plan, gates)
+        matrices = [w.to(x.dtype).contiguous() for w in (w1, w2)]
+        call = _Call(x.contiguous(), gates.contiguous(), matrices[0], b1, matrices[1], b2, plan)
+        ctx.plan, ctx.dtype = plan, w1.dtype
+        ctx.save_for_backward(call.x, call.gates, matrices[0], b1, matrices[1], b2)
+        return call.forward()
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor):
-        from . import fused_kernels as kernels
-
-        plan, shape = ctx.plan, ctx.shape
-        x, gates, w1, w2, b1, b2 = ctx.saved_tensors
-        grad = grad.to(x.dtype).contiguous()
-        gate = gates.t().reshape(-1).index_select(0, plan.choice)
-        grad_slot = x.new_empty(len(plan.row), x.shape[1])
-        grad_gate = gates.new_empty(len(plan.row), dtype=torch.float32)
-        kernels.backward_rows_kernel[(shape.tiles(BACKWARD_ROWS["BLOCK_M"]),)](
-            x, grad, gate, plan.row, w1, b1, w2, b2, grad_slot, grad_gate, plan.ends, shape.num_experts,
-            **shape.sides, **BACKWARD_ROWS,
-        )  # fmt: skip
-        grad_x = shape.gather_sum(grad_slot, plan, None)
-        grad_gates = grad_gate.index_select(0, plan.slot.reshape(-1)).view(plan.slot.shape).t()
-        grads = shape.weight_gradients(x, grad, gate, w1, b1, w2, b2, plan)
-        return grad_x, grad_gates.to(gates.dtype), *(None if g is None else g.to(ctx.dtype) for g in grads), None
+        call = _Call(*ctx.saved_tensors, ctx.plan)
+        grad_x, grad_gates, *grads = call.backward(grad.to(call.x.dtype).contiguous())
+        return grad_x, grad_gates, *(None if g is None else g.to(ctx.dtype) for g in grads), None
 
 
-class _Shape:
-    """Sides of one call, and the launches that depend on them alone.
+class _Call:
+    """One call of the layer, as the kernels see it; arguments as those of :func:`fused_mix`, cast."""
 
-    Args:
-        x: rows (T, d).
-        w1: (E, d, F).
-        plan: of the call.
-        bias: whether there are biases.
-    """
+    def __init__(
+        self, x: Tensor, gates: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, plan: Plan
+    ) -> None:
+        from . import fused_kernels  # imported here: Triton is not everywhere
 
-    def __init__(self, x: Tensor, w1: Tensor, plan: Plan, bias: bool) -> None:
+        self.kernels = fused_kernels
+        self.x, self.gates, self.w1, self.b1, self.w2, self.b2, self.plan = x, gates, w1, b1, w2, b2, plan
         self.num_experts, self.dim, self.hidden_dim = w1.shape
-        self.num_rows, self.num_slots = len(x), len(plan.row)
-        first, rest = split_width(self.dim)
-        self.block_e = 1 << (self.num_experts - 1).bit_length()
-        self.split = {"D": self.dim, "D0": first, "D1": rest}
-        self.sides = {**self.split, "F": self.hidden_dim, "BIAS": bias, "BLOCK_E": self.block_e}
+        self.num_slots = len(plan.row)
+        self.launch = next(launch for width, launch in LAUNCHES.items() if self.dim <= width)
+        self.experts = {"BLOCK_E": 1 << (self.num_experts - 1).bit_length()}
+        self.width = dict(zip(("D", "D0", "D1"), (self.dim, *split_width(self.dim)), strict=True))
+        self.sides = {**self.width, **self.experts, "F": self.hidden_dim, "BIAS": b1 is not None}
 
-    def tiles(self, length: int) -> int:
-        """The most tiles that any distribution of the slots can need: the true number is known to the GPU alone."""
+    def most_pieces(self, length: int) -> int:
+        """Pieces of ``length`` slots that the worst distribution needs: the true number is known to the GPU alone."""
         return self.num_slots // length + self.num_experts
 
-    def gather_sum(self, y: Tensor, plan: Plan, gates: Tensor | None) -> Tensor:
-        """Slots (P, d) to rows (T, d), weighted by gates (T, K) or plain."""
-        from . import fused_kernels as kernels
+    def forward(self) -> Tensor:
+        """Rows (T, d)."""
+        y, tiles, plan = self.x.new_empty(self.num_slots, self.dim), self.launch.forward, self.plan
+        self.kernels.forward_kernel[(self.most_pieces(tiles.BLOCK_M),)](
+            self.x, plan.row, self.w1, self.b1, self.w2, self.b2, y, plan.ends, self.num_experts,
+            **self.sides, **tiles._asdict(),
+        )  # fmt: skip
+        return self.gather_sum(y, self.gates)
 
-        out, block = y.new_empty(self.num_rows, self.dim), 32
-        kernels.gather_sum_kernel[(-(-self.num_rows // block),)](
-            y, plan.slot, gates if gates is None else gates.contiguous(), out, self.num_rows,
-            **self.split, TOP_K=len(plan.slot), GATED=gates is not None, BLOCK_T=block, num_warps=4,
+    def gather_sum(self, y: Tensor, gates: Tensor | None) -> Tensor:
+        """Slots (P, d) to rows (T, d), weighted by gates (T, K) or plain."""
+        out, block = torch.empty_like(self.x), 32
+        self.kernels.gather_sum_kernel[(-(-len(out) // block),)](
+            y, self.plan.slot, gates, out, len(out),
+            **self.width, TOP_K=len(self.plan.slot), GATED=gates is not None, BLOCK_T=block,
         )  # fmt: skip
         return out
 
-    def weight_gradients(self, x, grad, gate, w1, b1, w2, b2, plan: Plan) -> list[Tensor | None]:
-        """Float32 gradients of w1, b1, w2 and b2. An expert's slots are cut into chunks, so that few experts, or one
-        that took most of the rows, still fill the GPU."""
-        from . import fused_kernels as kernels
+    def backward(self, grad: Tensor) -> list[Tensor | None]:
+        """Gradients of x, gates, w1, b1, w2, b2; those of weights in float32."""
+        gate = self.gates.t().reshape(-1).index_select(0, self.plan.choice)
+        grad_x, grad_gates, db2 = self._backward_rows(grad, gate)
+        dw1, db1, dw2 = self._backward_weights(grad, gate)
+        return [grad_x, grad_gates, dw1, db1, dw2, db2]
 
-        parts = -(-self.hidden_dim // BACKWARD_WEIGHTS[0]["BLOCK_F"])
-        more = max(16, _PIECES // parts - self.num_experts)
+    def _backward_rows(self, grad: Tensor, gate: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        tiles, plan = self.launch.rows, self.plan
+        count = self.most_pieces(tiles.BLOCK_M)
+        dx, dgate = self.x.new_empty(self.num_slots, self.dim), torch.empty_like(gate)
+        parts = None if self.b2 is None else self.b2.new_empty(count, self.dim)
+        self.kernels.backward_rows_kernel[(count,)](
+            self.x, grad, gate, plan.row, self.w1, self.b1, self.w2, self.b2, dx, dgate, parts, plan.ends,
+            self.num_experts, **self.sides, **tiles._asdict(),
+        )  # fmt: skip
+        db2 = None
+        if self.b2 is not None:
+            db2 = torch.empty_like(self.b2)
+            self._add_pieces(db2, parts, tiles.BLOCK_M, skip=0)
+        return self.gather_sum(dx, None), dgate.index_select(0, plan.slot.view(-1)).view_as(plan.slot).t(), db2
+
+    def _backward_weights(self, grad: Tensor, gate: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
+        """An expert's slots are cut into chunks, so that few experts, or one with most of the rows, fill the GPU."""
+        tiles = self.launch.weights
+        blocks = -(-self.hidden_dim // tiles.BLOCK_F)
+        more = max(16, FEWEST_PROGRAMS // blocks - self.num_experts)
         chunk = 1 << (max(-(-self.num_slots // more), 256) - 1).bit_length()
-        tensors = [w1, b1, w2, b2]
+        tensors = [self.w1, self.b1, self.w2]
         first = [None if t is None else torch.empty_like(t, dtype=torch.float32) for t in tensors]
         later = [None if t is None else t.new_empty(more, *t.shape[1:], dtype=torch.float32) for t in tensors]
-        for launch in BACKWARD_WEIGHTS:
-            kernels.backward_weights_kernel[(-(-self.hidden_dim // launch["BLOCK_F"]), self.num_experts + more)](
-                x, grad, gate, plan.row, w1, b1, w2, *first, *later, plan.ends, self.num_experts,
-                **self.sides, CHUNK=chunk, **launch,
+        for matrix in (1, 2):  # one after the other: the sums of both do not fit into the registers
+            self.kernels.backward_weights_kernel[(blocks, self.num_experts + more)](
+                self.x, grad, gate, self.plan.row, self.w1, self.b1, self.w2, *first, *later, self.plan.ends,
+                self.num_experts, **self.sides, **tiles._asdict(), MATRIX=matrix, CHUNK=chunk,
             )  # fmt: skip
-        for total, extra in zip(first, later, strict=True):
+        for total, pieces in zip(first, later, strict=True):
             if total is not None:
-                size, block = total[0].numel(), 1024
-                kernels.add_chunks_kernel[(-(-size // block), self.num_experts)](
-                    total, extra, plan.ends, self.num_experts, size, CHUNK=chunk, BLOCK=block, BLOCK_E=self.block_e
-                )
-        return first
+                self._add_pieces(total, pieces, chunk, skip=1)
+        return tuple(first)
+
+    def _add_pieces(self, total: Tensor, pieces: Tensor, length: int, *, skip: int) -> None:
+        size, block = total[0].numel(), 1024
+        self.kernels.add_pieces_kernel[(-(-size // block), self.num_experts)](
+            total, pieces, self.plan.ends, self.num_experts, size,
+            **self.experts, LENGTH=length, SKIP=skip, BLOCK=block,
+        )  # fmt: skip

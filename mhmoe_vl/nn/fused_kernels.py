@@ -30,10 +30,12 @@ def _find(pid, ends, num_experts, LENGTH: tl.constexpr, SKIP: tl.constexpr, BLOC
 
 @triton.jit
 def _normal(z):
-    """The normal distribution's cdf (Abramowitz and Stegun 7.1.26, error 1e-7) and exp(-z^2 / 2): GELU is z cdf."""
-    bell = tl.exp(-0.5 * z * z)
-    t = 1.0 / (1.0 + 0.2316418882 * tl.abs(z))
-    poly = t * (0.127414796 + t * (-0.142248368 + t * (0.7107068705 + t * (-0.7265760135 + t * 0.5307027145))))
+    """The normal distribution's cdf at z, and exp(-z^2 / 2): GELU is z cdf. Left of zero the cdf is their product with a
+    polynomial, fitted to 4e-6; no division, one exponential."""
+    a = tl.minimum(tl.abs(z), 5.5)
+    bell = tl.exp2(-0.72134752 * z * z)
+    poly = 0.0499412338 + a * (-0.0139241814 + a * (0.00231920775 - a * 0.000168570160))
+    poly = 0.49999605 + a * (-0.398720258 + a * (0.24796034 + a * (-0.12582824 + a * poly)))
     tail = poly * bell
     return tl.where(z > 0, 1.0 - tail, tail), bell
 
@@ -83,13 +85,15 @@ def forward_kernel(
 
 @triton.jit
 def backward_rows_kernel(
-    x, grad, gate, row, w1, b1, w2, b2, grad_slot, grad_gate, ends, num_experts,
+    x, grad, gate, row, w1, b1, w2, b2, grad_slot, grad_gate, db2, ends, num_experts,
     D: tl.constexpr, F: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, BIAS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
     """Gradients of the slots' inputs and gates, from those of the rows' outputs ``grad``; the hidden layer is computed
-    anew. The gate's is the product of ``grad`` with the expert's output, taken in the hidden layer."""
-    expert, begin, stop = _find(tl.program_id(0), ends, num_experts, BLOCK_M, 0, BLOCK_E)
+    anew. The gate's is the product of ``grad`` with the expert's output, taken in the hidden layer. ``db2`` gets a
+    tile's part of the second bias's gradient."""
+    tile = tl.program_id(0)
+    expert, begin, stop = _find(tile, ends, num_experts, BLOCK_M, 0, BLOCK_E)
     if expert >= num_experts:
         return
     slot = begin + tl.arange(0, BLOCK_M)
@@ -103,12 +107,14 @@ def backward_rows_kernel(
     score = tl.zeros((BLOCK_M,), tl.float32)
     if BIAS:
         score += tl.sum(g0.to(tl.float32) * tl.load(b2 + expert * D + c0)[None, :], 1)
+        tl.store(db2 + tile * D + c0, tl.sum(g0.to(tl.float32) * weight[:, None], 0))
     if D1:
         x1 = tl.load(x + source[:, None] * D + c1[None, :], mask=inside[:, None], other=0.0)
         g1 = tl.load(grad + source[:, None] * D + c1[None, :], mask=inside[:, None], other=0.0)
         dx1 = tl.zeros((BLOCK_M, D1), tl.float32)
         if BIAS:
             score += tl.sum(g1.to(tl.float32) * tl.load(b2 + expert * D + c1)[None, :], 1)
+            tl.store(db2 + tile * D + c1, tl.sum(g1.to(tl.float32) * weight[:, None], 0))
     matrix = expert.to(tl.int64) * D * F
     for first in range(0, F, BLOCK_F):
         f = first + tl.arange(0, BLOCK_F)
@@ -137,14 +143,14 @@ def backward_rows_kernel(
 
 @triton.jit
 def backward_weights_kernel(
-    x, grad, gate, row, w1, b1, w2, dw1, db1, dw2, db2, more_dw1, more_db1, more_dw2, more_db2, ends, num_experts,
+    x, grad, gate, row, w1, b1, w2, dw1, db1, dw2, more_dw1, more_db1, more_dw2, ends, num_experts,
     D: tl.constexpr, F: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, BIAS: tl.constexpr, CHUNK: tl.constexpr,
-    FC1: tl.constexpr, FC2: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_E: tl.constexpr,
+    MATRIX: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of matrices and biases: a program a block of the hidden layer and a chunk of an expert's slots.
+    """Gradients of W_1 and b_1, or of W_2: a program a block of the hidden layer and a chunk of an expert's slots.
 
     First chunks write to ``dw1`` and so on, later ones to their own places in ``more_dw1`` and so on, which
-    :func:`add_chunks_kernel` adds. Products are turned round (hidden first), so that what was just computed is the
+    :func:`add_pieces_kernel` adds. Products are turned round (hidden first), so that what was just computed is the
     left factor of the next product and need not leave the registers.
     """
     part, piece = tl.program_id(0), tl.program_id(1)
@@ -158,23 +164,23 @@ def backward_weights_kernel(
     stop = tl.minimum(stop, begin + CHUNK)
     if piece >= num_experts:
         piece -= num_experts
-        dw1, db1, dw2, db2 = more_dw1, more_db1, more_dw2, more_db2
+        dw1, db1, dw2 = more_dw1, more_db1, more_dw2
     c0, c1 = tl.arange(0, D0), D0 + tl.arange(0, D1 if D1 else 1)
     f = part * BLOCK_F + tl.arange(0, BLOCK_F)
     known = f < F
     matrix = expert.to(tl.int64) * D * F
     v0 = tl.load(w1 + matrix + c0[None, :] * F + f[:, None], mask=known[:, None], other=0.0)
-    if FC1:
+    if MATRIX == 1:
         u0 = tl.load(w2 + matrix + f[:, None] * D + c0[None, :], mask=known[:, None], other=0.0)
         dv0 = tl.zeros((BLOCK_F, D0), tl.float32)
-    if FC2:
+    if MATRIX == 2:
         du0 = tl.zeros((BLOCK_F, D0), tl.float32)
     if D1:
         v1 = tl.load(w1 + matrix + c1[None, :] * F + f[:, None], mask=known[:, None], other=0.0)
-        if FC1:
+        if MATRIX == 1:
             u1 = tl.load(w2 + matrix + f[:, None] * D + c1[None, :], mask=known[:, None], other=0.0)
             dv1 = tl.zeros((BLOCK_F, D1), tl.float32)
-        if FC2:
+        if MATRIX == 2:
             du1 = tl.zeros((BLOCK_F, D1), tl.float32)
     if BIAS:
         bias = tl.load(b1 + expert * F + f, mask=known, other=0.0)
@@ -187,23 +193,23 @@ def backward_weights_kernel(
         x0 = tl.load(x + source[:, None] * D + c0[None, :], mask=inside[:, None], other=0.0)
         g0 = tl.load(grad + source[:, None] * D + c0[None, :], mask=inside[:, None], other=0.0)
         z = tl.dot(v0, tl.trans(x0))
-        if FC1:
+        if MATRIX == 1:
             dh = tl.dot(u0, tl.trans(g0))
         if D1:
             x1 = tl.load(x + source[:, None] * D + c1[None, :], mask=inside[:, None], other=0.0)
             g1 = tl.load(grad + source[:, None] * D + c1[None, :], mask=inside[:, None], other=0.0)
             z = tl.dot(v1, tl.trans(x1), z)
-            if FC1:
+            if MATRIX == 1:
                 dh = tl.dot(u1, tl.trans(g1), dh)
         if BIAS:
             z += bias[:, None]
         cdf, bell = _normal(z)
-        if FC2:
+        if MATRIX == 2:
             hidden = (z * cdf * weight[None, :]).to(x0.dtype)
             du0 = tl.dot(hidden, g0, du0)
             if D1:
                 du1 = tl.dot(hidden, g1, du1)
-        if FC1:
+        if MATRIX == 1:
             dz = dh * weight[None, :] * (cdf + 0.3989422804 * z * bell)
             if BIAS:
                 dbias += tl.sum(dz, 1)
@@ -212,56 +218,44 @@ def backward_weights_kernel(
             if D1:
                 dv1 = tl.dot(dz, x1, dv1)
     place = piece.to(tl.int64) * D * F
-    if FC1:
+    if MATRIX == 1:
         tl.store(dw1 + place + c0[None, :] * F + f[:, None], dv0, mask=known[:, None])
         if D1:
             tl.store(dw1 + place + c1[None, :] * F + f[:, None], dv1, mask=known[:, None])
         if BIAS:
             tl.store(db1 + piece * F + f, dbias, mask=known)
-    if FC2:
+    if MATRIX == 2:
         tl.store(dw2 + place + f[:, None] * D + c0[None, :], du0, mask=known[:, None])
         if D1:
             tl.store(dw2 + place + f[:, None] * D + c1[None, :], du1, mask=known[:, None])
-    if BIAS and FC2:
-        if part == 0:  # the second bias needs no hidden layer: one program of a chunk sums it
-            s0, s1 = tl.zeros((D0,), tl.float32), tl.zeros((D1 if D1 else 1,), tl.float32)
-            for first in range(begin, stop, BLOCK_M):
-                slot = first + tl.arange(0, BLOCK_M)
-                inside = slot < stop
-                source = tl.load(row + slot, mask=inside, other=0)
-                weight = tl.load(gate + slot, mask=inside, other=0.0)
-                g0 = tl.load(grad + source[:, None] * D + c0[None, :], mask=inside[:, None], other=0.0)
-                s0 += tl.sum(g0.to(tl.float32) * weight[:, None], 0)
-                if D1:
-                    g1 = tl.load(grad + source[:, None] * D + c1[None, :], mask=inside[:, None], other=0.0)
-                    s1 += tl.sum(g1.to(tl.float32) * weight[:, None], 0)
-            tl.store(db2 + piece * D + c0, s0)
-            if D1:
-                tl.store(db2 + piece * D + c1, s1)
 
 
 @triton.jit
-def add_chunks_kernel(
-    total, more, ends, num_experts, size, CHUNK: tl.constexpr, BLOCK: tl.constexpr, BLOCK_E: tl.constexpr
-):
-    """total[expert] += sum of the expert's later chunks ``more``, in order; both of ``size`` numbers an expert."""
+def add_pieces_kernel(
+    total, pieces, ends, num_experts, size,
+    LENGTH: tl.constexpr, SKIP: tl.constexpr, BLOCK: tl.constexpr, BLOCK_E: tl.constexpr,
+):  # fmt: skip
+    """total[expert] = the sum, in order, of an expert's pieces of ``LENGTH`` slots, each ``size`` numbers; with ``SKIP``
+    1 the first of them stands in ``total`` and not in ``pieces``."""
     expert = tl.program_id(1)
     e = tl.arange(0, BLOCK_E)
     end = tl.load(ends + e, mask=e < num_experts, other=0)
     start = tl.load(ends + e - 1, mask=(e > 0) & (e < num_experts), other=0)
-    pieces = tl.maximum((end - start + CHUNK - 1) // CHUNK - 1, 0)
-    before = tl.sum(tl.where(e < expert, pieces, 0), 0)
-    own = tl.sum(tl.where(e == expert, pieces, 0), 0)
-    if own == 0:
+    counts = tl.maximum((end - start + LENGTH - 1) // LENGTH - SKIP, 0)
+    before = tl.sum(tl.where(e < expert, counts, 0), 0)
+    own = tl.sum(tl.where(e == expert, counts, 0), 0)
+    if own < SKIP:
         return
     column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     known = column < size
     place = total + expert.to(tl.int64) * size + column
-    value = tl.load(place, mask=known)
-    later = more + before.to(tl.int64) * size + column
+    value = tl.zeros((BLOCK,), tl.float32)
+    if SKIP:
+        value += tl.load(place, mask=known)
+    piece = pieces + before.to(tl.int64) * size + column
     for _ in range(own):
-        value += tl.load(later, mask=known)
-        later += size
+        value += tl.load(piece, mask=known)
+        piece += size
     tl.store(place, value, mask=known)
 
 
