@@ -22,7 +22,6 @@ from torch.autograd.function import once_differentiable
 from ..errors import one_line
 from .dispatch import Plan, make_plan
 
-
 FEWEST_PROGRAMS = 512
 """programs that the gradients of the weights are spread over: about four for each processor of an H100"""
 

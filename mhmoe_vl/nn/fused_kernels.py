@@ -30,8 +30,8 @@ def _find(pid, ends, num_experts, LENGTH: tl.constexpr, SKIP: tl.constexpr, BLOC
 
 @triton.jit
 def _normal(z):
-    """The normal distribution's cdf at z, and exp(-z^2 / 2): GELU is z cdf. Left of zero the cdf is their product with a
-    polynomial, fitted to 4e-6; no division, one exponential."""
+    """The normal distribution's cdf at z, and exp(-z^2 / 2): GELU is z cdf. Left of zero the cdf is the exponential
+    times a polynomial, fitted to 4e-6: no division, one exponential."""
     a = tl.minimum(tl.abs(z), 5.5)
     bell = tl.exp2(-0.72134752 * z * z)
     poly = 0.0499412338 + a * (-0.0139241814 + a * (0.00231920775 - a * 0.000168570160))
@@ -235,8 +235,8 @@ def add_pieces_kernel(
     total, pieces, ends, num_experts, size,
     LENGTH: tl.constexpr, SKIP: tl.constexpr, BLOCK: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
-    """total[expert] = the sum, in order, of an expert's pieces of ``LENGTH`` slots, each ``size`` numbers; with ``SKIP``
-    1 the first of them stands in ``total`` and not in ``pieces``."""
+    """total[expert] = the sum, in order, of an expert's pieces of ``LENGTH`` slots, each ``size`` numbers; with
+    ``SKIP`` 1 the first of them stands in ``total`` and not in ``pieces``."""
     expert = tl.program_id(1)
     e = tl.arange(0, BLOCK_E)
     end = tl.load(ends + e, mask=e < num_experts, other=0)
