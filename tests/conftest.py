@@ -9,6 +9,10 @@ from pathlib import Path
 
 import pytest
 
+# Without a GPU, Triton's kernels run in its interpreter. Triton reads this when it is first imported.
+if not Path("/dev/nvidiactl").exists():
+    os.environ["TRITON_INTERPRET"] = "1"
+
 REAL_DATA = Path(os.environ.get("MHMOE_TEST_DATA", Path(__file__).parents[2] / "shared" / "data"))
 
 

@@ -337,7 +337,7 @@ def _kept(experts: Tensor, num_experts: int, capacity_factor: float | None) -> T
     """Which of the choices (T, K) the training rule keeps."""
     if capacity_factor is None:
         return torch.ones_like(experts, dtype=torch.bool)
-    return within_capacity(make_plan(experts, num_experts, "grouped").rank, num_experts, capacity_factor)
+    return within_capacity(make_plan(experts, num_experts, "grouped"), experts, capacity_factor)
 
 
 def _by_token(

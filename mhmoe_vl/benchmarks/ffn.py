@@ -11,16 +11,17 @@ import torch
 
 from ..errors import TrainingError
 from . import parts
+from .ceilings import matmul_share
 from .contenders import TOLERANCE, Run
 from .goals import NO_BF16, Goal, Measure, largest, memory_quotient, number, quotient
 from .memory import peak_mib
 from .opponents import OPPONENTS, NotHere
-from .sizes import EXPERTS, GROWING_EXPERTS, GROWING_TOKENS, Case
+from .sizes import DEVICE_EXPERTS, DEVICE_GROUPS, EXPERTS, GROUPS, GROWING_EXPERTS, GROWING_TOKENS, Case, Size
 from .tables import markdown
 from .timing import Clock, interleave, ratio, spread
 
 FP32, BF16 = "float32", "bfloat16"
-PROFILED = "base"
+PROFILED = ("base", "device")
 FLOORS = ("thick", "thin")
 
 
@@ -100,7 +101,7 @@ def measure(
         name = str(dtype).removeprefix("torch.")
         for group, members in groups.items():
             found["groups"].append(measure_group(group, members, dtype, device, rounds=rounds, clock=clock))
-            profiles = profile_members(members, dtype, device, rounds) if group == PROFILED else {}
+            profiles = profile_members(members, dtype, device, rounds) if group in PROFILED else {}
             found["parts"] |= {f"{name} {case}": values for case, values in profiles.items()}
             for case, values in profiles.items():
                 if case not in FLOORS:
@@ -115,20 +116,25 @@ def measure(
     return found
 
 
-def group_table(measured: dict[str, Any]) -> str:
-    """A row a case: milliseconds, memory, and quotients to the floors of its group."""
+def group_table(measured: dict[str, Any], ceilings: dict[str, float] | None = None) -> str:
+    """A row a case: milliseconds, memory, quotients to the floors of its group, and with ``ceilings`` the share of the
+    device's products."""
     by_name = {case["name"]: case for case in measured["cases"]}
     floors = [name for name in FLOORS if name in by_name]
     if not floors and measured["cases"]:
         floors = [measured["cases"][0]["name"]]
     header = [f"{measured['group']}, {measured['dtype']}", "forward, ms", "forward + backward, ms"]
     rows = [[*header, *(f"over {floor}" for floor in floors), "peak, MiB", "error"]]
+    if ceilings:
+        rows[0].append("of the ceiling")
     for case in measured["cases"]:
         times = [spread(case[what]) for what in ("forward", "forward_backward")]
         cells = [f"{1e3 * t.median:.1f} ({1e3 * t.low:.1f} to {1e3 * t.high:.1f})" for t in times]
         quotients = [ratio(case["forward_backward"], by_name[f]["forward_backward"]).median for f in floors]
         cells += [f"{q:.2f}" for q in quotients]
         rows.append([case["name"], *cells, f"{case['peak_mib'][0]:.0f}", f"{case['error']:.1e}"])
+        if ceilings:
+            rows[-1].append(f"{matmul_share(Size(**case['size']), times[1].median, ceilings):.0%}")
     skipped = "".join(f"\nskipped {entry['name']}: {entry['why']}" for entry in measured["skipped"])
     return markdown(rows) + skipped
 
@@ -191,3 +197,30 @@ GOALS = [
     Goal(15, "time, 8 to 256 experts at 12,800 tokens", 1.15, 1.05, _flat("experts", _G, [1] * len(_G))),
 ]
 """Dropless and bitwise repeatable, of goal 9, are checked before anything is timed: the reference drops nothing."""
+
+
+def _device_goal(number: int, what: str, contender: str, goal: float, stretch: float) -> list[Goal]:
+    return [
+        Goal(
+            number,
+            f"bf16, {GROUPS[group][0].size.tokens:,} tokens, {count} experts, inner width "
+            f"{GROUPS[group][0].size.hidden_dim}, {what}, over thick dense",
+            goal,
+            stretch,
+            quotient(group, BF16, f"{contender} E{count}", "thick"),
+        )
+        for group in DEVICE_GROUPS
+        for count in DEVICE_EXPERTS
+    ]
+
+
+DEVICE_GOALS = [
+    *_device_goal(16, "stock operations", "grouped", 1.8, 1.5),
+    *_device_goal(17, "the path taken (fused kernels, where they run)", "mh_moe", 1.25, 1.1),
+]
+"""The goals on an accelerator."""
+
+
+def goals_for(device: torch.device) -> list[Goal]:
+    """The goals that a run on ``device`` is about."""
+    return GOALS if device.type == "cpu" else DEVICE_GOALS

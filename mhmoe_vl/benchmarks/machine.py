@@ -15,6 +15,7 @@ import torch
 from ..distributed import select_device
 from ..errors import ConfigError
 from ..train.system import raise_malloc_thresholds, uses_bfloat16
+from .ceilings import in_words, measure_ceilings
 from .processor import cpu_name
 from .timing import Clock, make_clock
 
@@ -57,15 +58,18 @@ def clock_of(options: argparse.Namespace, device: torch.device) -> Clock:
 
 
 def native_types(device: torch.device) -> list[str]:
-    """What is worth measuring: bfloat16 where ``train.precision: auto`` would take it."""
-    return ["float32", *(["bfloat16"] if uses_bfloat16("auto", device) else [])]
+    """What is worth measuring: on a CPU float32, and bfloat16 where ``train.precision: auto`` would take it; on an
+    accelerator bfloat16 alone."""
+    bfloat16 = ["bfloat16"] if uses_bfloat16("auto", device) else []
+    return bfloat16 if bfloat16 and device.type != "cpu" else ["float32", *bfloat16]
 
 
 def describe(options: argparse.Namespace, device: torch.device, tool: str) -> dict[str, Any]:
     """What a reader of the numbers must know."""
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
     capabilities = getattr(torch.cpu, "get_capabilities", dict)()
-    return {
+    ceilings = {"ceilings": measure_ceilings(device)} if device.type == "cuda" else {}
+    return ceilings | {
         "tool": tool,
         "date": time.strftime("%Y-%m-%d"),
         "hardware": f"{cpu_name()}, {os.cpu_count()} cores" + (f", {gpu}" if gpu else ""),
@@ -102,4 +106,5 @@ def heading(results: dict[str, Any]) -> str:
     threads = f"{results['threads']} thread{'s' * (results['threads'] > 1)}"
     clock = "processor time" if results["clock"] == "cpu" else "wall time"
     load = f"load {results['load_before']} at the start"
-    return f"{results['hardware']}, torch {results['torch']}, {threads}, {clock}, {results['date']}, {load}"
+    line = f"{results['hardware']}, torch {results['torch']}, {threads}, {clock}, {results['date']}, {load}"
+    return line + (f"; {in_words(results['ceilings'])}" if "ceilings" in results else "")

@@ -18,15 +18,15 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from ..errors import ConfigError
-from ..nn import moe
+from ..nn import experts, moe
 from ..nn.experts import Experts
 from ..nn.router import Router
 from .contenders import Dense, Run
 from .tables import markdown
 
 PARTS = ("linear layers", "matmul", "bias", "activation", "permute", "combine", "sort", "router", "other")
-"""``linear layers``: head and merge layer; ``matmul``, ``bias``, ``activation``: of the experts; ``router``: scores,
-choice, auxiliary losses and counts."""
+"""``linear layers``: head and merge layer; ``matmul``, ``bias``, ``activation``: of the experts (fused kernels are
+all ``matmul``); ``router``: scores, choice, auxiliary losses and counts."""
 
 OVERHEAD = ("router", "sort", "permute", "combine")
 """Parts that a dense layer does not have."""
@@ -36,8 +36,9 @@ _MARKED = [
     (moe, "gather_rows", "permute"),
     (moe, "scatter_rows", "combine"),
     (moe, "make_plan", "sort"),
-    (moe, "permute", "permute"),
-    (moe, "combine", "combine"),
+    (experts, "permute", "permute"),
+    (experts, "combine", "combine"),
+    (experts, "fused_mix", "matmul"),
     (moe, "choose_experts", "router"),
     (Router, "forward", "router"),
     (Router, "gates", "router"),

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import DataError, one_line
-from . import goals, parts
+from . import ffn, goals, parts, training
 from .machine import heading
 
 START, END = "<!-- performance: written by tools/write_performance.py -->", "<!-- end of performance -->"
@@ -29,10 +29,18 @@ def _shown(path: Path) -> str:
         tables = [f"`tools/{results['tool']}.py`: {heading(results)}.", goals.goal_table(results["goals"])]
         if results.get("parts"):
             tables.append(parts.table(results["parts"]))
+        if "ceilings" in results:
+            tables[1:1] = [_group_table(group, results) for group in results["groups"]]
         return "\n\n".join(tables)
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         what = one_line(getattr(error, "strerror", None) or f"{type(error).__name__}: {error}", 120)
         raise DataError(f"{path}: not the JSON of a benchmark: {what} (name what --json wrote)") from error
+
+
+def _group_table(group: dict[str, Any], results: dict[str, Any]) -> str:
+    if results["tool"] == "benchmark_ffn":
+        return ffn.group_table(group, results["ceilings"])
+    return training.group_table(group)
 
 
 def replace_section(text: str, new: str, name: str, start: str = START, end: str = END) -> str:

@@ -41,6 +41,7 @@ class Case:
 
 _BASE = Size()
 _SMALL = Size(tokens=1040, dim=192)
+_DEVICE = replace(_BASE, tokens=25_216)
 _GATED = replace(_BASE, activation="swiglu", bias=False)
 
 
@@ -57,7 +58,15 @@ def _thin_experts(name: str, size: Size) -> list[Case]:
     return [Case(f"{contender} {name}", contender, size) for contender in ("mh_moe", "grouped")]
 
 
+def _on_device(size: Size) -> list[Case]:
+    """MH-MoE by the path it takes there and by grouped products, at the least and the most experts, and the floors."""
+    few, many = (replace(size, num_experts=count) for count in DEVICE_EXPERTS)
+    names = [(f"{name} E{one.num_experts}", name, one) for one in (few, many) for name in ("mh_moe", "grouped")]
+    return [*(Case(*name) for name in names), *_cases(few, "thick", "thin")]
+
+
 EXPERTS = (8, 32, 128)
+DEVICE_EXPERTS = (8, 128)
 GROWING_TOKENS = (400, 1600, 6400, 12_800)
 GROWING_EXPERTS = (8, 64, 256)
 
@@ -83,5 +92,15 @@ GROUPS: dict[str, list[Case]] = {
         *(Case(f"{name} no bias", name, replace(_BASE, bias=False)) for name in ("mh_moe", "megablocks")),
         *(Case(f"{name} swiglu", name, _GATED) for name in ("mh_moe", "transformers", "scattermoe")),
     ],
+    "device": _on_device(_DEVICE),
+    "device_wide": _on_device(replace(_DEVICE, hidden_dim=3072)),
 }
-"""Groups by name. MH-MoE at 1,576 tokens (8 pictures of 197), width 768, 4 sub-tokens and top-2 is the base."""
+"""Groups by name. MH-MoE at 1,576 tokens (8 pictures of 197), width 768, 4 sub-tokens and top-2 is the base; on an
+accelerator 25,216 (128 pictures)."""
+
+DEVICE_GROUPS = ("device", "device_wide")
+
+
+def default_groups(device_type: str) -> list[str]:
+    """What is measured when nothing is said: on an accelerator the groups whose sizes are meant for it."""
+    return [name for name in GROUPS if (name in DEVICE_GROUPS) == (device_type != "cpu")]

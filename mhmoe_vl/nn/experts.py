@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from .dispatch import Path, Plan, choose_path, expert_linear
+from .dispatch import Path, Plan, choose_path, combine, expert_linear, permute
 from .feed_forward import ACTIVATIONS, Activation, check_activation
+from .fused_experts import fused_mix, fused_runs
 
 
 class Experts(nn.Module):
@@ -46,7 +47,16 @@ class Experts(nn.Module):
 
     def path(self, x: Tensor) -> Path:
         """The way of dispatch that fits ``x`` and these experts."""
+        biased = self.fc1_bias is not None
+        if self.activation == "gelu" and fused_runs(x.device, x.dtype, self.dim, self.hidden_dim, biased):
+            return "fused"
         return choose_path(x.device.type, x.dtype, self.num_experts, self.dim, self.hidden_dim)
+
+    def mix(self, x: Tensor, gates: Tensor, plan: Plan) -> Tensor:
+        """Rows (T, d) through the experts that ``plan`` gives them, added up with ``gates`` (T, K): (T, d)."""
+        if plan.path == "fused":
+            return fused_mix(x, gates, self.fc1_weight, self.fc1_bias, self.fc2_weight, self.fc2_bias, plan)
+        return combine(self(permute(x, plan), plan), gates, plan)
 
     def forward(self, x: Tensor, plan: Plan) -> Tensor:
         """Slots (P, d) through the experts that ``plan`` gives them: (P, d)."""

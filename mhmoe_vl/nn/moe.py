@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..checks import check_experts, check_whole, inner_width
 from ..distributed import all_reduce_sum
 from ..errors import ConfigError
-from .dispatch import Rows, combine, gather_rows, locate_rows, make_plan, permute, scatter_rows, within_capacity
+from .dispatch import Rows, gather_rows, locate_rows, make_plan, scatter_rows, within_capacity
 from .experts import Experts
 from .feed_forward import Activation, FeedForward, FFNLayer, FFNOutput
 from .router import DEFAULT_ROUTER, RouterScores, Routing, RoutingStats, build_router, choose_experts, count_experts
@@ -122,8 +122,8 @@ class RoutedExperts(nn.Module):
         plan = make_plan(experts, self.num_experts, self.experts.path(x))
         kept = torch.ones_like(experts, dtype=torch.bool)
         if self.training and self.capacity_factor is not None:
-            kept = within_capacity(plan.rank, self.num_experts, self.capacity_factor)
-        mixed = combine(self.experts(permute(x, plan), plan), gates * kept, plan)
+            kept = within_capacity(plan, experts, self.capacity_factor)
+        mixed = self.experts.mix(x, gates * kept, plan)
         return (x + mixed if self.residual else mixed), kept
 
     @torch.no_grad()
@@ -147,7 +147,8 @@ class RoutedExperts(nn.Module):
         loads = [count_experts(part, E) for part in counted.split(sizes)]
         sums = [part.sum(0) for part in probabilities.split(sizes)]
         z_sum = log_sums.square().sum()
-        flat = torch.cat([*loads, *sums, z_sum.view(1), probabilities.new_tensor(sizes)])
+        num_rows = [probabilities.new_full((1,), size) for size in sizes]  # a tensor made of a list waits for a GPU
+        flat = torch.cat([*loads, *sums, z_sum.view(1), *num_rows])
         flat = all_reduce_sum(flat) if self.training else flat
         load, total, z_sum, num_rows = flat.split([len(loads) * E, len(loads) * E, 1, len(loads)])
         balance = self._balance_loss(load.view(-1, E), total.view(-1, E), num_rows.unsqueeze(1))
