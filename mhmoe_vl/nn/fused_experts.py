@@ -214,14 +214,14 @@ class _Call:
         tiles = self.launch.weights
         blocks = -(-self.hidden_dim // tiles.BLOCK_F)
         more = max(16, FEWEST_PROGRAMS // blocks - self.num_experts)
-        chunk = 1 << (max(-(-self.num_slots // more), 256) - 1).bit_length()
+        chunk = max(-(-self.num_slots // (64 * more)), 4) * 64
         tensors = [self.w1, self.b1, self.w2]
         first = [None if t is None else torch.empty_like(t, dtype=torch.float32) for t in tensors]
         later = [None if t is None else t.new_empty(more, *t.shape[1:], dtype=torch.float32) for t in tensors]
         for matrix in (1, 2):  # one after the other: the sums of both do not fit into the registers
             self.kernels.backward_weights_kernel[(blocks, self.num_experts + more)](
                 self.x, grad, gate, self.plan.row, self.w1, self.b1, self.w2, *first, *later, self.plan.ends,
-                self.num_experts, **self.sides, **tiles._asdict(), MATRIX=matrix, CHUNK=chunk,
+                self.num_experts, chunk, **self.sides, **tiles._asdict(), MATRIX=matrix,
             )  # fmt: skip
         for total, pieces in zip(first, later, strict=True):
             if total is not None:
@@ -231,6 +231,6 @@ class _Call:
     def _add_pieces(self, total: Tensor, pieces: Tensor, length: int, *, skip: int) -> None:
         size, block = total[0].numel(), 1024
         self.kernels.add_pieces_kernel[(-(-size // block), self.num_experts)](
-            total, pieces, self.plan.ends, self.num_experts, size,
-            **self.experts, LENGTH=length, SKIP=skip, BLOCK=block,
+            total, pieces, self.plan.ends, self.num_experts, size, length,
+            **self.experts, SKIP=skip, BLOCK=block,
         )  # fmt: skip

@@ -14,17 +14,17 @@ import triton.language as tl
 
 
 @triton.jit
-def _find(pid, ends, num_experts, LENGTH: tl.constexpr, SKIP: tl.constexpr, BLOCK_E: tl.constexpr):
-    """Expert, first slot and end of the ``pid``-th piece of ``LENGTH`` slots, counted over all experts' pieces but the
+def _find(pid, ends, num_experts, length, SKIP: tl.constexpr, BLOCK_E: tl.constexpr):
+    """Expert, first slot and end of the ``pid``-th piece of ``length`` slots, counted over all experts' pieces but the
     first ``SKIP`` of each. Past the last piece the expert is not below ``num_experts``."""
     e = tl.arange(0, BLOCK_E)
     end = tl.load(ends + e, mask=e < num_experts, other=0)
     start = tl.load(ends + e - 1, mask=(e > 0) & (e < num_experts), other=0)
-    pieces = tl.maximum((end - start + LENGTH - 1) // LENGTH - SKIP, 0)
+    pieces = tl.maximum((end - start + length - 1) // length - SKIP, 0)
     upto = tl.cumsum(pieces, 0)
     expert = tl.sum((upto <= pid).to(tl.int32), 0)
     here = e == expert
-    begin = tl.sum(tl.where(here, start + (SKIP + pid - (upto - pieces)) * LENGTH, 0), 0)
+    begin = tl.sum(tl.where(here, start + (SKIP + pid - (upto - pieces)) * length, 0), 0)
     return expert, begin, tl.sum(tl.where(here, end, 0), 0)
 
 
@@ -143,8 +143,8 @@ def backward_rows_kernel(
 
 @triton.jit
 def backward_weights_kernel(
-    x, grad, gate, row, w1, b1, w2, dw1, db1, dw2, more_dw1, more_db1, more_dw2, ends, num_experts,
-    D: tl.constexpr, F: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, BIAS: tl.constexpr, CHUNK: tl.constexpr,
+    x, grad, gate, row, w1, b1, w2, dw1, db1, dw2, more_dw1, more_db1, more_dw2, ends, num_experts, chunk,
+    D: tl.constexpr, F: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, BIAS: tl.constexpr,
     MATRIX: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
     """Gradients of W_1 and b_1, or of W_2: a program a block of the hidden layer and a chunk of an expert's slots.
@@ -154,14 +154,14 @@ def backward_weights_kernel(
     left factor of the next product and need not leave the registers.
     """
     part, piece = tl.program_id(0), tl.program_id(1)
-    expert, begin, stop = _find(tl.maximum(piece - num_experts, 0), ends, num_experts, CHUNK, 1, BLOCK_E)
+    expert, begin, stop = _find(tl.maximum(piece - num_experts, 0), ends, num_experts, chunk, 1, BLOCK_E)
     if piece < num_experts:
         expert = piece
         begin = tl.load(ends + piece - 1, mask=piece > 0, other=0)
         stop = tl.load(ends + piece)
     if expert >= num_experts:
         return
-    stop = tl.minimum(stop, begin + CHUNK)
+    stop = tl.minimum(stop, begin + chunk)
     if piece >= num_experts:
         piece -= num_experts
         dw1, db1, dw2 = more_dw1, more_db1, more_dw2
@@ -232,16 +232,16 @@ def backward_weights_kernel(
 
 @triton.jit
 def add_pieces_kernel(
-    total, pieces, ends, num_experts, size,
-    LENGTH: tl.constexpr, SKIP: tl.constexpr, BLOCK: tl.constexpr, BLOCK_E: tl.constexpr,
+    total, pieces, ends, num_experts, size, length,
+    SKIP: tl.constexpr, BLOCK: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
-    """total[expert] = the sum, in order, of an expert's pieces of ``LENGTH`` slots, each ``size`` numbers; with
+    """total[expert] = the sum, in order, of an expert's pieces of ``length`` slots, each ``size`` numbers; with
     ``SKIP`` 1 the first of them stands in ``total`` and not in ``pieces``."""
     expert = tl.program_id(1)
     e = tl.arange(0, BLOCK_E)
     end = tl.load(ends + e, mask=e < num_experts, other=0)
     start = tl.load(ends + e - 1, mask=(e > 0) & (e < num_experts), other=0)
-    counts = tl.maximum((end - start + LENGTH - 1) // LENGTH - SKIP, 0)
+    counts = tl.maximum((end - start + length - 1) // length - SKIP, 0)
     before = tl.sum(tl.where(e < expert, counts, 0), 0)
     own = tl.sum(tl.where(e == expert, counts, 0), 0)
     if own < SKIP:
