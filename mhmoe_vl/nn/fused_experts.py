@@ -70,10 +70,16 @@ def fused_runs(device: torch.device, dtype: torch.dtype, dim: int, hidden_dim: i
 
 
 @functools.cache
-def _probe(device: torch.device, dtype: torch.dtype, dim: int, hidden_dim: int, bias: bool) -> bool:
+def has_triton(device: torch.device) -> bool:
+    """Whether Triton is there, and ``device`` a GPU of Hopper's generation (the kernels were tried on it) or later."""
     if importlib.util.find_spec("triton") is None or torch.version.hip is not None:
         return False
-    if torch.cuda.get_device_capability(device) < (9, 0):
+    return torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+@functools.cache
+def _probe(device: torch.device, dtype: torch.dtype, dim: int, hidden_dim: int, bias: bool) -> bool:
+    if not has_triton(device):
         return False
     try:
         error = _probe_error(device, dtype, dim, hidden_dim, bias)

@@ -11,10 +11,20 @@ from torch import Tensor, nn
 from ..checks import check_experts, check_whole, inner_width
 from ..distributed import all_reduce_sum
 from ..errors import ConfigError
-from .dispatch import Rows, gather_rows, locate_rows, make_plan, scatter_rows, within_capacity
+from .dispatch import gather_rows, locate_rows, make_plan, scatter_rows, within_capacity
 from .experts import Experts
 from .feed_forward import Activation, FeedForward, FFNLayer, FFNOutput
-from .router import DEFAULT_ROUTER, RouterScores, Routing, RoutingStats, build_router, choose_experts, count_experts
+from .fused_choice import fused_choice, fused_choice_runs
+from .router import (
+    DEFAULT_ROUTER,
+    Choice,
+    RouterScores,
+    Routing,
+    RoutingStats,
+    build_router,
+    choose_experts,
+    count_experts,
+)
 
 BalanceShare = Literal["first", "all"]
 
@@ -99,58 +109,69 @@ class RoutedExperts(nn.Module):
         """
         rows = gather_rows(subtokens, paddings)
         scores = self.router(rows.x)
-        probabilities = scores.logits.softmax(-1)
-        weights = probabilities if self.router.gate == "softmax" else self.router.gates(scores.logits)
-        experts, gates = choose_experts(
-            scores.logits, weights, self.top_k, normalize=self.normalize_gates, bias=self.balance_bias
-        )
-        mixed, kept = self._mix(rows.x, experts, gates)
-        log_sums = scores.logits.logsumexp(-1)
-        stats = self._stats(rows, scores.logits, probabilities, log_sums, experts, kept)
-        aux_losses = self._aux_losses(rows, scores, probabilities, log_sums, experts)
+        choice = self._choose(scores, rows.sizes)
+        mixed, kept = self._mix(rows.x, choice.experts, choice.gates)
+        aux_losses = self._aux_losses(choice, rows.sizes)
+        stats = self._stats(choice, kept)
         if self.balance_bias is not None and self.training and scores.logits.requires_grad:
             self._follow_load(scores.logits, stats.load.sum(0))
         outputs = scatter_rows(mixed, rows, subtokens)
         routing = None
         if return_routing:
-            routing = Routing(scores.logits, probabilities, experts, gates, kept, *locate_rows(rows, subtokens))
+            kept = torch.ones_like(choice.experts, dtype=torch.bool) if kept is None else kept
+            probabilities, where = scores.logits.softmax(-1), locate_rows(rows, subtokens)
+            routing = Routing(scores.logits, probabilities, choice.experts, choice.gates, kept, *where)
         return FFNOutput(outputs, aux_losses, routing, stats)
 
-    def _mix(self, x: Tensor, experts: Tensor, gates: Tensor) -> tuple[Tensor, Tensor]:
-        """Rows through their experts, (T, d), and which choices capacity kept, (T, K)."""
+    def _choose(self, scores: RouterScores, sizes: Sequence[int]) -> Choice:
+        """Experts of every row, and the sums over the rows of the streams, ``sizes`` of them."""
+        logits, alike = scores.logits, scores.balance_logits is scores.logits
+        if alike and self.router.gate == "softmax" and self.balance_bias is None and fused_choice_runs(logits):
+            return fused_choice(logits, sizes, self.top_k, normalize=self.normalize_gates)
+        probabilities = logits.softmax(-1)
+        weights = probabilities if self.router.gate == "softmax" else self.router.gates(logits)
+        experts, gates = choose_experts(
+            logits, weights, self.top_k, normalize=self.normalize_gates, bias=self.balance_bias
+        )
+        load, first_load = (
+            torch.stack([count_experts(part, self.num_experts) for part in counted.split(sizes)])
+            for counted in (experts, experts[:, :1])
+        )
+        log_sums = logits.logsumexp(-1)
+        # -sum p log p of a row is logsumexp - p . logits: no logarithm of every probability.
+        entropy = log_sums.detach().sum() - torch.dot(probabilities.detach().flatten(), logits.detach().flatten())
+        balanced = probabilities if alike else scores.balance_logits.softmax(-1)
+        groups = sizes if self.balance_per_modality else [len(experts)]
+        sums = torch.stack([part.sum(0) for part in balanced.split(groups)])
+        return Choice(experts, gates, load, first_load, sums, log_sums.square().sum(), entropy)
+
+    def _mix(self, x: Tensor, experts: Tensor, gates: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Rows through their experts, (T, d), and which choices capacity kept, (T, K); None: all."""
         x = x.to(_compute_dtype(x))
-        plan = make_plan(experts, self.num_experts, self.experts.path(x))
-        kept = torch.ones_like(experts, dtype=torch.bool)
+        plan, kept = make_plan(experts, self.num_experts, self.experts.path(x)), None
         if self.training and self.capacity_factor is not None:
             kept = within_capacity(plan, experts, self.capacity_factor)
-        mixed = self.experts.mix(x, gates * kept, plan)
+            gates = gates * kept
+        mixed = self.experts.mix(x, gates, plan)
         return (x + mixed if self.residual else mixed), kept
 
     @torch.no_grad()
-    def _stats(
-        self, rows: Rows, logits: Tensor, probabilities: Tensor, log_sums: Tensor, experts: Tensor, kept: Tensor
-    ) -> RoutingStats:
-        load = torch.stack([count_experts(part, self.num_experts) for part in experts.split(rows.sizes)])
-        # -sum p log p of a row is logsumexp - p . logits: no logarithm of every probability.
-        entropy = (log_sums.sum() - torch.dot(probabilities.flatten(), logits.flatten())) / max(len(experts), 1)
-        return RoutingStats(load, entropy.float(), (~kept).sum(), torch.full_like(load[0, 0], len(experts)))
+    def _stats(self, choice: Choice, kept: Tensor | None) -> RoutingStats:
+        load, num_rows = choice.load.long(), len(choice.experts)
+        dropped = torch.zeros_like(load[0, 0]) if kept is None else (~kept).sum()
+        entropy = (choice.entropy / max(num_rows, 1)).float()
+        return RoutingStats(load, entropy, dropped, torch.full_like(dropped, num_rows))
 
-    def _aux_losses(
-        self, rows: Rows, scores: RouterScores, probabilities: Tensor, log_sums: Tensor, experts: Tensor
-    ) -> dict[str, Tensor]:
+    def _aux_losses(self, choice: Choice, sizes: Sequence[int]) -> dict[str, Tensor]:
         """Balance loss and z-loss; all sums over rows go through one reduction over ranks."""
-        E = self.num_experts
-        if scores.balance_logits is not scores.logits:
-            probabilities = scores.balance_logits.softmax(-1)
-        sizes = rows.sizes if self.balance_per_modality else [len(experts)]
-        counted = experts[:, :1] if self.balance_share == "first" else experts
-        loads = [count_experts(part, E) for part in counted.split(sizes)]
-        sums = [part.sum(0) for part in probabilities.split(sizes)]
-        z_sum = log_sums.square().sum()
+        E, probabilities = self.num_experts, choice.probabilities
+        load = choice.first_load if self.balance_share == "first" else choice.load
+        if not self.balance_per_modality:
+            load, probabilities, sizes = load.sum(0), probabilities.sum(0), [sum(sizes)]
         num_rows = [probabilities.new_full((1,), size) for size in sizes]  # a tensor made of a list waits for a GPU
-        flat = torch.cat([*loads, *sums, z_sum.view(1), *num_rows])
+        flat = torch.cat([load.flatten(), probabilities.flatten(), choice.squares.view(1), *num_rows])
         flat = all_reduce_sum(flat) if self.training else flat
-        load, total, z_sum, num_rows = flat.split([len(loads) * E, len(loads) * E, 1, len(loads)])
+        load, total, z_sum, num_rows = flat.split([len(sizes) * E, len(sizes) * E, 1, len(sizes)])
         balance = self._balance_loss(load.view(-1, E), total.view(-1, E), num_rows.unsqueeze(1))
         return {
             "balance_loss": balance if self.balance_bias is None else balance.detach(),

@@ -68,6 +68,28 @@ class Routing:
     subtoken: Tensor
 
 
+class Choice(NamedTuple):
+    """The experts chosen for T rows of several streams, and sums over rows that losses and statistics take.
+
+    Attributes:
+        experts: (T, K) int64, best first.
+        gates: (T, K) their weights.
+        load: (num_streams, E), choices that went to each expert.
+        first_load: (num_streams, E), first choices.
+        probabilities: (num_streams or 1, E) sums of the balance logits' softmax: of each stream, or of all rows.
+        squares: () sum of logsumexp(logits)^2.
+        entropy: () sum of the softmax's entropies in nats.
+    """
+
+    experts: Tensor
+    gates: Tensor
+    load: Tensor
+    first_load: Tensor
+    probabilities: Tensor
+    squares: Tensor
+    entropy: Tensor
+
+
 class RouterScores(NamedTuple):
     """Logits for choosing and mixing, and those that the balance loss takes; both (T, E), often the same tensor."""
 
