@@ -18,7 +18,7 @@ from .memory import peak_mib
 from .opponents import OPPONENTS, NotHere
 from .sizes import DEVICE_EXPERTS, DEVICE_GROUPS, EXPERTS, GROUPS, GROWING_EXPERTS, GROWING_TOKENS, Case, Size
 from .tables import markdown
-from .timing import Clock, interleave, ratio, spread
+from .timing import Clock, captured, interleave, ratio, spread
 
 FP32, BF16 = "float32", "bfloat16"
 PROFILED = ("base", "device")
@@ -50,6 +50,11 @@ def measure_group(
     forward = interleave({name: run.forward for name, run in runs.items()}, rounds, clock)
     for entry in cases:
         entry |= {"forward_backward": backward[entry["name"]], "forward": forward[entry["name"]]}
+    if device.type == "cuda":
+        graphs = {name: captured(run.forward_backward, device) for name, run in runs.items()}
+        for entry, seconds in zip(cases, interleave(graphs, rounds, clock).values(), strict=True):
+            entry["device_alone"] = seconds
+        graphs.clear()
     runs.clear()
     for entry in cases:
         say(f"{group} {entry['name']}: peak memory")
@@ -117,8 +122,8 @@ def measure(
 
 
 def group_table(measured: dict[str, Any], ceilings: dict[str, float] | None = None) -> str:
-    """A row a case: milliseconds, memory, quotients to the floors of its group, and with ``ceilings`` the share of the
-    device's products."""
+    """A row a case: milliseconds, memory, quotients to the floors of its group. With ``ceilings`` also forward and
+    backward replayed without the host, that over the first floor, and its share of the device's products."""
     by_name = {case["name"]: case for case in measured["cases"]}
     floors = [name for name in FLOORS if name in by_name]
     if not floors and measured["cases"]:
@@ -126,7 +131,7 @@ def group_table(measured: dict[str, Any], ceilings: dict[str, float] | None = No
     header = [f"{measured['group']}, {measured['dtype']}", "forward, ms", "forward + backward, ms"]
     rows = [[*header, *(f"over {floor}" for floor in floors), "peak, MiB", "error"]]
     if ceilings:
-        rows[0].append("of the ceiling")
+        rows[0] += ["device alone, ms", f"over {floors[0]}", "of the ceiling"]
     for case in measured["cases"]:
         times = [spread(case[what]) for what in ("forward", "forward_backward")]
         cells = [f"{1e3 * t.median:.1f} ({1e3 * t.low:.1f} to {1e3 * t.high:.1f})" for t in times]
@@ -134,7 +139,10 @@ def group_table(measured: dict[str, Any], ceilings: dict[str, float] | None = No
         cells += [f"{q:.2f}" for q in quotients]
         rows.append([case["name"], *cells, f"{case['peak_mib'][0]:.0f}", f"{case['error']:.1e}"])
         if ceilings:
-            rows[-1].append(f"{matmul_share(Size(**case['size']), times[1].median, ceilings):.0%}")
+            alone = spread(case["device_alone"]).median
+            quotient_ = ratio(case["device_alone"], by_name[floors[0]]["device_alone"]).median
+            share = matmul_share(Size(**case["size"]), alone, ceilings)
+            rows[-1] += [f"{1e3 * alone:.2f}", f"{quotient_:.2f}", f"{share:.0%}"]
     skipped = "".join(f"\nskipped {entry['name']}: {entry['why']}" for entry in measured["skipped"])
     return markdown(rows) + skipped
 

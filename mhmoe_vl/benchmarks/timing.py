@@ -63,6 +63,20 @@ def interleave(
     return seconds
 
 
+def captured(run: Callable[[], object], device: torch.device) -> Callable[[], None]:
+    """The device's work of ``run`` without the host's: a CUDA graph that replays it."""
+    stream = torch.cuda.Stream(device)
+    stream.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(stream):
+        for _ in range(3):  # what is set up once must not be captured
+            run()
+    torch.cuda.current_stream(device).wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    return graph.replay
+
+
 def spread(values: Sequence[float]) -> Spread:
     """Median and quartiles of at least one value."""
     if len(values) == 1:

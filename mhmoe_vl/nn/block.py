@@ -129,7 +129,7 @@ class Block(nn.Module):
             ys = self._attend_in_windows(ys, paddings, windows)
         xs = self._add(xs, ys, num_pairs)
         ys, outputs = self.ffn(self.norm2(xs), paddings, num_pairs, return_routing=return_routing)
-        pools = [output._replace(x=()) for output in outputs if output.stats is not None]
+        pools = [FFNOutput((), *output[1:]) for output in outputs if output.stats is not None]
         return self._add(xs, ys, num_pairs), pools
 
     def _attend_in_windows(self, xs: Streams, paddings: Streams, windows: Windows) -> Streams:

@@ -48,7 +48,7 @@ class FFNLayer(nn.Module, ABC):
             return_routing: return every choice of the router too.
         """
         output = self.forward_streams([x], [padding], return_routing=return_routing)
-        return output._replace(x=output.x[0])
+        return FFNOutput(output.x[0], *output[1:])  # torch 2.11's compiler stumbles over _replace
 
     @abstractmethod
     def forward_streams(

@@ -115,7 +115,7 @@ class MultiHeadMoE(SparseLayer):
         mixed = self.routed(subtokens, paddings, return_routing=return_routing)  # Eqs. 4-5: route, mix
         merged = [y.flatten(-2) for y in mixed.x]  # Eq. 6: merge
         outputs = [self.merge_proj(y)[..., : x.shape[-2], :] for y, x in zip(merged, xs, strict=True)]  # Eq. 7
-        return mixed._replace(x=[self.add_shared(y, x) for y, x in zip(outputs, xs, strict=True)])
+        return FFNOutput([self.add_shared(y, x) for y, x in zip(outputs, xs, strict=True)], *mixed[1:])
 
     def extra_repr(self) -> str:
         return f"num_subtokens={self.num_subtokens}"

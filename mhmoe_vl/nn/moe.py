@@ -304,7 +304,8 @@ class MoE(SparseLayer):
         """See :class:`~mhmoe_vl.nn.feed_forward.FFNLayer`. Padding comes out as the shared experts' share alone."""
         rows = [x.unsqueeze(-2) for x in xs]
         mixed = self.routed(rows, paddings or [None] * len(xs), return_routing=return_routing)
-        return mixed._replace(x=[self.add_shared(y.squeeze(-2), x) for y, x in zip(mixed.x, xs, strict=True)])
+        ys = [self.add_shared(y.squeeze(-2), x) for y, x in zip(mixed.x, xs, strict=True)]
+        return FFNOutput(ys, *mixed[1:])
 
 
 def _compute_dtype(x: Tensor) -> torch.dtype:

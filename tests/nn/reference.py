@@ -73,7 +73,7 @@ def router_logits(p, x, router):
 def projection(p, name, layers, x):
     for number in range(layers):
         key = name if layers == 1 else f"{name}.{2 * number}"
-        x = x.clamp_min(0) if number else x
+        x = x * (x > 0) if number else x  # as ReLU, no gradient at 0
         x = p[f"{key}.weight"] @ x + p[f"{key}.bias"]
     return x
 

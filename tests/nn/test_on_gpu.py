@@ -15,7 +15,10 @@ from mhmoe_vl.nn.experts import Experts
 from mhmoe_vl.nn.ffn import build_ffn
 from mhmoe_vl.nn.fused_experts import split_width
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+pytestmark = [
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
+    pytest.mark.filterwarnings("ignore:Attempting to run cuBLAS", "ignore:Synchronization debug mode"),
+]
 GPU = torch.device("cuda", 0)
 SMALL = Size(tokens=300, dim=192, num_experts=6, hidden_dim=96)
 SIZES = {
@@ -36,7 +39,7 @@ def _exact_float32():
     torch.set_float32_matmul_precision(before)
 
 
-LIMITS = {torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 5e-3}
+LIMITS = {torch.float32: 3e-5, torch.bfloat16: 3e-2, torch.float16: 5e-3}
 
 
 @pytest.mark.parametrize("name", SIZES)
@@ -81,8 +84,8 @@ def test_the_host_never_waits(contender, dtype):
     run = Run(Case(contender, contender, SMALL), dtype, GPU)
     run.forward_backward()
     torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
     try:
+        torch.cuda.set_sync_debug_mode("error")
         run.forward_backward()
     finally:
         torch.cuda.set_sync_debug_mode("default")
