@@ -8,12 +8,14 @@ import logging
 import sys
 import tempfile
 import time
+import traceback
 from datetime import date
 from importlib import import_module
 from pathlib import Path
 
 from mhmoe_vl.benchmarks.readme import replace_section
 from mhmoe_vl.benchmarks.tables import markdown
+from mhmoe_vl.errors import one_line
 
 from .harness import ROOT, Found
 
@@ -73,7 +75,11 @@ def main() -> int:
     for number in options.only:
         began = time.monotonic()
         with tempfile.TemporaryDirectory(prefix="faults-") as folder:
-            found = check(number, Path(folder), full=not options.quick)
+            try:
+                found = check(number, Path(folder), full=not options.quick)
+            except Exception as error:  # the others are checked all the same
+                traceback.print_exc()
+                found = Found("the check itself failed", [one_line(repr(error))])
         title = import_module(f".{PROMISES[number]}", __package__).TITLE
         results.append({"number": number, "title": title, "met": found.met, "figure": found.figure})
         results[-1] |= {"seconds": round(time.monotonic() - began, 1), "failures": found.failures[:10]}
