@@ -66,7 +66,8 @@ def test_output_and_gradients_are_those_of_the_experts_one_by_one(interpreted, s
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
         y = fused_mix(*inputs, plan)
-    assert all(len(tensor) != len(plan.row) for tensor in saved), "nothing of the slots is kept for the gradients"
+    if sizes[-1] > 1:  # else there are as many slots as rows
+        assert all(len(tensor) != len(plan.row) for tensor in saved), "nothing of the slots is kept"
     live = [tensor for tensor in inputs if tensor is not None]
     grad = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
     found = [y, *torch.autograd.grad(y, live, grad)]
