@@ -104,7 +104,7 @@ def test_what_is_wrong_is_named_with_its_place(read, file, path, value, message)
         ('{"questions": [1e999]}', "line 1, byte 15: 1e999 is no finite number"),
         ('{"questions": [], "questions": []}', 'line 1, byte 18: key "questions" stands twice'),
         ("[]", "need an object, got a list of 0"),
-        ("[" * 5000, "line 1, byte 100: nested deeper than 100 levels"),
+        pytest.param("[" * 100_000, "line 1, byte 100: nested deeper than 100 levels", id="nested"),
     ],
 )
 def test_what_is_no_official_file_is_named_with_its_place(read, tmp_path, file, text, message):

@@ -99,7 +99,7 @@ FAULTS = [
         text_of("val_a.json", lambda text: text.replace("{", '{"annotations": 1, ', 1)),
         'val_a.json: line 1, byte 19: key "annotations" stands twice in one object (mend the file)',
     ),
-    ("vqa", text_of("val_a.json", lambda text: "[" * 3000), "val_a.json: line 1, byte 100: nested deeper than 100"),
+    ("vqa", text_of("val_a.json", lambda text: "[" * 100_000), "val_a.json: line 1, byte 100: nested deeper than 100"),
     ("vqa", text_of("val_q.json", lambda text: "[]"), "val_q.json: need an object, got a list of 0 (mend the file)"),
     (
         "vqa",
