@@ -2,7 +2,7 @@
 
 Stock operations write the hidden activation of every slot to memory, and MH-MoE has ``num_subtokens`` times as much of
 it as a dense layer of equal FLOPs: for routed rows of at most 256 numbers that traffic costs more than the products.
-Here the hidden layer of a tile of slots never leaves the chip, and the backward pass computes it anew: nine products
+Here the hidden layer of a tile of slots never leaves the chip, and the backward pass computes it anew: ten products
 where stock operations need six, without their memory.
 """
 
