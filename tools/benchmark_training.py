@@ -43,7 +43,7 @@ def report(options: argparse.Namespace) -> int:
     )
     results["goals"] = goal_rows(training.GOALS, results)
     machine.save(options.json, results)
-    tables = [machine.heading(results), *map(training.group_table, results["groups"])]
+    tables = [machine.heading(results), *(training.group_table(group, results) for group in results["groups"])]
     print("\n\n".join([*tables, goal_table(results["goals"])]))
     return 0
 

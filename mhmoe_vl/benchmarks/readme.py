@@ -40,7 +40,7 @@ def _shown(path: Path) -> str:
 def _group_table(group: dict[str, Any], results: dict[str, Any]) -> str:
     if results["tool"] == "benchmark_ffn":
         return ffn.group_table(group, results["ceilings"])
-    return training.group_table(group)
+    return training.group_table(group, results)
 
 
 def replace_section(text: str, new: str, name: str, start: str = START, end: str = END) -> str:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 import torch
 import torch.nn.functional as F
 
 from ..config import EncoderConfig, ParityConfig, RunConfig, merge, run_config, validate
 from ..models.factory import build_encoder, model_config
+from ..parity import Inputs, count_encoder, image_tokens, resolve, total
 from ..tasks.masked_batch import MaskedBatch
 from ..tasks.masked_modeling import MaskedModeling, MaskedModelingModel
 from ..train.step import Trainer
@@ -107,6 +108,20 @@ def encoder_section(size: StepSize, variant: str, depth: int | None = None) -> E
     return model_config(size.model, **overrides)
 
 
+def step_flops(size: StepSize, variant: str, depth: int | None = None) -> int:
+    """Operations of the products of an update: encoder, and heads at the masked positions, forward and (twice as many)
+    backward."""
+    section = resolve(encoder_section(size, variant, depth), _baseline(size))
+    inputs = [total(count_encoder(section, inputs=kind, text_len=size.text_len)).flops for kind in get_args(Inputs)]
+    codes = round(IMAGE_RATIO * (image_tokens(section) - 1)) * NUM_CODES
+    words = round(TEXT_RATIO * size.text_len) * section.vocab_size
+    return 3 * size.samples * (sum(inputs) + 2 * 2 * section.embed_dim * (codes + words))
+
+
+def _baseline(size: StepSize) -> ParityConfig:
+    return ParityConfig(num_experts=8, hidden_dim=size.expert_dim, top_k=1)
+
+
 def make_step(
     size: StepSize, variant: str, precision: str, device: torch.device, depth: int | None = None
 ) -> Callable[[], float]:
@@ -130,8 +145,7 @@ def make_step(
         "benchmark",
     )
     section = encoder_section(size, variant, depth)
-    baseline = ParityConfig(num_experts=8, hidden_dim=size.expert_dim, top_k=1)
-    return _updates(settings, MaskedModelingModel(build_encoder(section, baseline), num_codes=NUM_CODES),
+    return _updates(settings, MaskedModelingModel(build_encoder(section, _baseline(size)), num_codes=NUM_CODES),
                     drawn_batch(section, size), device)  # fmt: skip
 
 

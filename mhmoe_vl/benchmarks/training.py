@@ -14,7 +14,7 @@ from ..errors import TrainingError
 from .ffn import say
 from .goals import NO_BF16, Goal, quotient
 from .loading import difference, make_loaders, write_pictures
-from .step import SIZES, VARIANTS, StepSize, make_heads, make_step
+from .step import SIZES, VARIANTS, StepSize, make_heads, make_step, step_flops
 from .tables import markdown
 from .timing import Clock, interleave, ratio, spread
 
@@ -93,16 +93,23 @@ def measure(
     return {"groups": groups, "depth": depth, "heads": HEADS, "pictures": pictures}
 
 
-def group_table(measured: dict[str, Any]) -> str:
-    """A row a case: milliseconds, and the quotient to the group's first case."""
+def group_table(measured: dict[str, Any], results: dict[str, Any]) -> str:
+    """A row a case: milliseconds, the quotient to the group's first case, and for steps on an accelerator the share of
+    its products' ceiling."""
     first = measured["cases"][0]
     loads = "images_per_s" in first
     header = [measured["group"], "images a second and core" if loads else "ms", f"time over {first['name']}"]
-    rows = [header]
+    name = measured["group"]
+    shared = "ceilings" in results and name in SIZES
+    depth = results["depth"] if name == "base" else None
+    rows = [header + ["of the ceiling"] * shared]
     for case in measured["cases"]:
         low, median, high = spread(case["images_per_s"] if loads else [1e3 * s for s in case["forward_backward"]])
         quotient_ = ratio(case["forward_backward"], first["forward_backward"]).median
         rows.append([case["name"], f"{median:.0f} ({low:.0f} to {high:.0f})", f"{quotient_:.2f}"])
+        if shared:
+            flops = step_flops(SIZES[name], case["name"].split()[0], depth)
+            rows[-1].append(f"{1000 * flops / median / results['ceilings']['matmul']:.0%}")
     return markdown(rows)
 
 

@@ -105,8 +105,11 @@ def _write(folder: Path, parts: Mapping[str, Mapping[str, Tensor]], state: Mappi
     (folder / "checksums.json").write_text(checksums)
     for path in (*folder.iterdir(), folder):
         _flush(path)
-    (folder / "COMPLETE").write_text(hashlib.sha256(checksums.encode()).hexdigest())
-    _flush(folder / "COMPLETE")
+    # Under its name once it is whole: a process may be killed between making a file and writing it.
+    seal = folder / "COMPLETE.part"
+    seal.write_text(hashlib.sha256(checksums.encode()).hexdigest())
+    _flush(seal)
+    seal.rename(folder / "COMPLETE")
     _flush(folder)
 
 
@@ -114,7 +117,7 @@ def link(checkpoint: Path, name: str) -> None:
     """Make ``name`` beside ``checkpoint`` a second name of it: hard links where the file system has them."""
     folder = checkpoint.with_name(f"{name}.tmp")
     folder.mkdir()
-    for path in checkpoint.iterdir():
+    for path in sorted(checkpoint.iterdir(), key=lambda path: path.name == "COMPLETE"):  # that one last
         try:
             os.link(path, folder / path.name)
         except OSError:

@@ -8,12 +8,13 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from mhmoe_vl import parity
 from mhmoe_vl.benchmarks import training
 from mhmoe_vl.benchmarks.goals import goal_rows
 from mhmoe_vl.benchmarks.loading import difference, make_loaders, write_pictures
-from mhmoe_vl.benchmarks.step import SIZES, StepSize, drawn_batch, encoder_section, make_heads, make_step
+from mhmoe_vl.benchmarks.step import SIZES, StepSize, drawn_batch, encoder_section, make_heads, make_step, step_flops
 from mhmoe_vl.config import ParityConfig
 from mhmoe_vl.data.manifest import manifest_path
 from mhmoe_vl.data.sample import BadSample
@@ -46,6 +47,13 @@ def test_variants_are_at_parity(name):
     assert parity.resolve(encoder_section(size, "dense"), baseline).ffn.hidden_dim == pytest.approx(
         size.expert_dim, 0.01
     )
+
+
+def test_operations_of_a_step_are_those_that_torch_counts():
+    step = make_step(MINI, "dense", "float32", CPU)
+    with FlopCounterMode(display=False) as counter:
+        step()
+    assert step_flops(MINI, "dense") == pytest.approx(counter.get_total_flops(), rel=0.03)
 
 
 def test_drawn_batches_hide_equally_many_places_of_every_sample():

@@ -175,18 +175,24 @@ def _signalled(folder: Path, count: int, draw: random.Random, found: Found) -> f
             os.kill(child, number)
             code = wait(child, 4 * LIMIT)
             slowest = max(slowest, time.monotonic() - began)
-            if code == 0:
-                break
+            if code in (0, -number) and _steps(folder / name) == options["steps"]:
+                break  # it was over: nothing was left to save
             sent += 1
             trained = [line["step"] for line in losses(folder / name) if line["split"] == "train"]
-            saved = checkpoint.read(folder / name / "checkpoints/last").state["step"]
+            saved = _steps(folder / name)
             if code != 128 + number or saved != max(trained, default=0):
-                found.failures.append(f"{name}: code {code}, saved step {saved}, trained {trained[-1:]}")
+                said = (folder / f"{name}.txt").read_text()[-200:]
+                found.failures.append(f"{name}: code {code}, saved step {saved}, trained {trained[-1:]}: {said}")
         if (wait(fork(lambda file=file: pretrain("--config", file)), 120), _same(folder, name, "long")) != (0, True):
             found.failures.append(f"{name}: not the run never stopped")
             return slowest
         run += 1
     return slowest
+
+
+def _steps(run_dir: Path) -> int:
+    """Steps of the run's last checkpoint."""
+    return checkpoint.read(run_dir / "checkpoints/last").state["step"]
 
 
 def _wait_for_loop(child: int, phase: Phase, more: float) -> int | None:

@@ -105,9 +105,18 @@ def dying(function, countdown):
     return call
 
 
-def test_a_save_killed_at_any_moment_leaves_a_whole_one(tmp_path, monkeypatch):
+def write_half(path, text):
+    """As a process that is killed between making a file and writing it."""
+    path.touch()
+    raise Killed
+
+
+@pytest.mark.parametrize("saved_before", [True, False])
+def test_a_save_killed_at_any_moment_leaves_a_whole_one(tmp_path, monkeypatch, saved_before):
     root = tmp_path / "run"
-    save(root, 1)
+    root.mkdir()
+    if saved_before:
+        save(root, 1)
     shutil.copytree(root, tmp_path / "before")
     moments = 0
     while True:
@@ -126,11 +135,24 @@ def test_a_save_killed_at_any_moment_leaves_a_whole_one(tmp_path, monkeypatch):
                 break
             except Killed:
                 pass
-        assert newest_step(root) in (1, 2)
+        checkpoint.recover(root)
+        assert not [damage for folder in root.iterdir() for damage in checkpoint.find_damage(folder)]
+        if saved_before:
+            assert newest_step(root) in (1, 2)
         checkpoint.link(save(root, 3), "best")
         assert newest_step(root) == 3
-        assert sorted(path.name for path in root.iterdir()) == ["best", "last", "previous"]
+        assert {"best", "last"} <= {path.name for path in root.iterdir()} <= {"best", "last", "previous"}
     assert moments > 20  # or the faults were never injected
+
+
+def test_a_seal_half_written_seals_nothing(tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_text", lambda path, text: write_half(path, text) if "COMPLETE" in path.name else 0)
+        patch.setattr(checkpoint, "_sha256", lambda path: "")
+        with pytest.raises(Killed):
+            save(tmp_path, 1)
+    checkpoint.recover(tmp_path)
+    assert not list(tmp_path.iterdir()), "nothing to take for a checkpoint"
 
 
 def test_a_full_disk_leaves_the_old_one_and_no_litter(tmp_path, monkeypatch):
