@@ -13,6 +13,8 @@ from datetime import date
 from importlib import import_module
 from pathlib import Path
 
+import torch
+
 from mhmoe_vl.benchmarks.readme import replace_section
 from mhmoe_vl.benchmarks.tables import markdown
 from mhmoe_vl.errors import one_line
@@ -71,6 +73,7 @@ def main() -> int:
     options = parser.parse_args()
     if options.readme and (options.quick or len(options.only) < len(PROMISES)):
         parser.error("--readme: only with all promises at full size")
+    torch.set_num_threads(1)  # children are forked: they would wait for threads that only the parent has
     results = []
     for number in options.only:
         began = time.monotonic()
