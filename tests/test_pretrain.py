@@ -17,8 +17,10 @@ from tiny_world import settings, write_settings, write_visual_tokenizer, write_w
 
 import mhmoe_vl
 from mhmoe_vl import cli
+from mhmoe_vl.data.loader import step_loader
 from mhmoe_vl.data.shards import ShardSet
 from mhmoe_vl.data.writing import write_shard
+from mhmoe_vl.train import engine
 
 ROOT = Path(__file__).parents[1]
 ABOUT = "about"
@@ -116,6 +118,21 @@ def test_a_finished_run_is_not_run_again(finished, capsys):
     before = (finished / "metrics.jsonl").read_bytes()
     assert pretrain("--config", finished / "config.yaml") == 0
     assert (finished / "metrics.jsonl").read_bytes() == before
+
+
+def test_stopped_before_its_first_step_a_run_reports_and_goes_on(world, tmp_path, monkeypatch):
+    def stopped(*arguments):
+        os.kill(os.getpid(), signal.SIGUSR1)
+        return step_loader(*arguments)
+
+    values = settings(world, tmp_path / "run", train={"steps": 2, "eval_every": 0})
+    file = write_settings(tmp_path / "a.yaml", values)
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "step_loader", stopped)
+        assert pretrain("--config", file) == 128 + signal.SIGUSR1
+    assert (tmp_path / "run" / "metrics.jsonl").read_text() == ""
+    assert pretrain("--config", file) == 0
+    assert len(losses(tmp_path / "run")) == 2
 
 
 @pytest.mark.slow

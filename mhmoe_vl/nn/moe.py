@@ -133,6 +133,8 @@ class RoutedExperts(nn.Module):
         experts, gates = choose_experts(
             logits, weights, self.top_k, normalize=self.normalize_gates, bias=self.balance_bias
         )
+        if self.router.gate == "sigmoid":  # which makes finite gates of infinite logits: such a row must be seen
+            gates = gates + 0 * probabilities[:, :1].detach()
         load, first_load = (
             torch.stack([count_experts(part, self.num_experts) for part in counted.split(sizes)])
             for counted in (experts, experts[:, :1])

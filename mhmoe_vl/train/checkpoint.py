@@ -319,17 +319,17 @@ def share(find: Callable[[], Checkpoint | None]) -> Checkpoint | None:
 
     def look() -> list[Any] | None:
         found.append(find())
-        return found[0] and [str(found[0].path), found[0].state]
+        return found[0] and [str(found[0].path), found[0].state, list(found[0].tensors)]
 
     header = distributed.on_main(look)
     if header is None:
         return None
     parts = found[0].tensors if found else {}
     flat = distributed.broadcast_tensors({f"{p}/{name}": value for p in parts for name, value in parts[p].items()})
-    tensors: dict[str, dict[str, Tensor]] = {}
+    tensors: dict[str, dict[str, Tensor]] = {part: {} for part in header[2]}  # before the first step one is empty
     for place, value in flat.items():
         part, _, name = place.partition("/")
-        tensors.setdefault(part, {})[name] = value
+        tensors[part][name] = value
     return Checkpoint(Path(header[0]), header[1], tensors)
 
 
