@@ -179,6 +179,9 @@ class RemoteStream:
         response = _open(self.url, None)
         length = response.headers.get("Content-Length", "")
         self.total = int(length) if length.isdecimal() else None
+        if self.total == 0:  # no archive is empty: an error page or a server that starts may be
+            response.close()
+            raise _Cut("an empty answer")
         tag = response.headers.get("ETag", "W/")
         self.tag = response.headers.get("Last-Modified") if tag.startswith("W/") else tag  # weak tags know no ranges
         return response

@@ -44,8 +44,10 @@ class RunLog:
         self._events = _event_writer(run_dir) if tensorboard and self.active else None
 
     def start(self, step: int) -> None:
-        """Show progress from ``step`` on: a bar on a terminal, lines otherwise. The file is there from now on, as a run may
-        be stopped before its first line, and its report reads it."""
+        """Show progress from ``step`` on: a bar on a terminal, lines otherwise.
+
+        The file is there from now on: a run may be stopped before its first line, and its report reads it.
+        """
         if self.active:
             try:
                 self.path.touch()
