@@ -182,6 +182,7 @@ BUILDERS: dict[str, Callable[[Size], Contender]] = {
     "mh_moe": lambda size: Ours(_layer(size)),
     "grouped": lambda size: Ours(_layer(size), path="grouped"),
     "split": lambda size: Ours(_layer(size), path="split"),
+    "filled": lambda size: Ours(_layer(size), path="filled"),
     "tiles": lambda size: Ours(_layer(size), path="tiles"),
     "cosine": lambda size: Ours(_layer(size, router={"kind": "cosine"})),
     "moe": lambda size: Ours(_layer(size, MoE)),
@@ -213,7 +214,7 @@ def build(case: Case, device: torch.device) -> Contender:
 
 # ------------------------------------------------------------------------------------------ running, checking
 class Run:
-    """A contender with an input: its forward and its forward and backward pass, under autocast where ``dtype`` is
+    """A contender with inputs: its forward and its forward and backward pass, under autocast where ``dtype`` is
     bfloat16, as in training.
 
     Args:
@@ -225,11 +226,16 @@ class Run:
     def __init__(self, case: Case, dtype: torch.dtype, device: torch.device) -> None:
         self.contender = build(case, device)
         self.dtype, self.device = dtype, device
-        generator = torch.Generator().manual_seed(1)
+        self.generator = torch.Generator().manual_seed(1)
         shape = (case.size.tokens, case.size.dim)
-        self.x = torch.randn(shape, generator=generator).to(device).requires_grad_()
-        self.grad_y = torch.randn(shape, generator=generator).to(device)
+        self.x = torch.randn(shape, generator=self.generator).to(device).requires_grad_()
+        self.grad_y = torch.randn(shape, generator=self.generator).to(device)
         self.parameters = list(self.contender.parameters())
+
+    def renew(self) -> None:
+        """Draws the next input: in training no two batches give the experts the same numbers of rows, and a library
+        that keeps something for every such number pays for it."""
+        self.x.data.copy_(torch.randn(self.x.shape, generator=self.generator))
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)

@@ -46,8 +46,9 @@ def measure_group(
         cases[-1]["error"] = checked(run, case)
         runs[case.name] = run
     say(f"{group}: timing")
-    backward = interleave({name: run.forward_backward for name, run in runs.items()}, rounds, clock)
-    forward = interleave({name: run.forward for name, run in runs.items()}, rounds, clock)
+    renew = {name: run.renew for name, run in runs.items()}
+    backward = interleave({name: run.forward_backward for name, run in runs.items()}, rounds, clock, before=renew)
+    forward = interleave({name: run.forward for name, run in runs.items()}, rounds, clock, before=renew)
     for entry in cases:
         entry |= {"forward_backward": backward[entry["name"]], "forward": forward[entry["name"]]}
     if device.type == "cuda":

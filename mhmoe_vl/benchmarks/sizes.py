@@ -77,7 +77,7 @@ GROUPS: dict[str, list[Case]] = {
         *_cases(replace(_BASE, hidden_dim=3072), "thick", "thin"),
     ],
     "one_hot": _cases(_BASE, "mh_moe", "one_hot"),
-    "paths": _cases(_BASE, "mh_moe", "grouped", "split", "tiles", "cosine", "moe", "xmoe", "thick", "thin"),
+    "paths": _cases(_BASE, "mh_moe", "grouped", "filled", "split", "tiles", "cosine", "moe", "xmoe", "thick", "thin"),
     "small": _cases(_SMALL, "mh_moe", "thick", "thin"),
     "thin_experts": [
         *_thin_experts("E41", Size(2048, 96, 2, 41, 96, 2)),

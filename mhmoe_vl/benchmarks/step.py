@@ -110,12 +110,13 @@ def encoder_section(size: StepSize, variant: str, depth: int | None = None) -> E
 
 def step_flops(size: StepSize, variant: str, depth: int | None = None) -> int:
     """Operations of the products of an update: encoder, and heads at the masked positions, forward and (twice as many)
-    backward."""
+    backward; pixels have no gradient."""
     section = resolve(encoder_section(size, variant, depth), _baseline(size))
     inputs = [total(count_encoder(section, inputs=kind, text_len=size.text_len)).flops for kind in get_args(Inputs)]
     codes = round(IMAGE_RATIO * (image_tokens(section) - 1)) * NUM_CODES
     words = round(TEXT_RATIO * size.text_len) * section.vocab_size
-    return 3 * size.samples * (sum(inputs) + 2 * 2 * section.embed_dim * (codes + words))
+    pixels = 2 * 2 * (image_tokens(section) - 1) * section.embed_dim * 3 * section.patch_size**2
+    return size.samples * (3 * (sum(inputs) + 2 * 2 * section.embed_dim * (codes + words)) - pixels)
 
 
 def _baseline(size: StepSize) -> ParityConfig:

@@ -39,7 +39,11 @@ def make_clock(kind: str, device: torch.device) -> Clock:
 
 
 def interleave(
-    runs: Mapping[str, Callable[[], object]], rounds: int, clock: Clock, warmup: int = 1
+    runs: Mapping[str, Callable[[], object]],
+    rounds: int,
+    clock: Clock,
+    warmup: int = 1,
+    before: Mapping[str, Callable[[], object]] | None = None,
 ) -> dict[str, list[float]]:
     """Seconds of every run in every round. The order turns by one each round, so that nobody always follows the same
     neighbour.
@@ -49,12 +53,15 @@ def interleave(
         rounds: timed rounds.
         clock: from :func:`make_clock`.
         warmup: rounds before, not timed.
+        before: by name, called before every pass, not timed.
     """
     names = list(runs)
     seconds: dict[str, list[float]] = {name: [] for name in names}
     for number in range(-warmup, rounds):
         turn = number % len(names)
         for name in names[turn:] + names[:turn]:
+            if before is not None:
+                before[name]()
             start = clock()
             runs[name]()
             taken = clock() - start

@@ -1,6 +1,6 @@
 """Rows to experts and back: one sort, one gather there, one gather per choice back.
 
-Choices are laid out in *slots*, all slots of an expert adjacent. Three ways multiply the slots with their experts'
+Choices are laid out in *slots*, all slots of an expert adjacent. Several ways multiply the slots with their experts'
 matrices; :func:`choose_path` names the rule. No (T, E, C) mask is ever made, and gradients of rows are gathered, not
 scattered and added, so results repeat bit for bit. Gathers are ``index_select``: on a CPU several times faster than
 indexing.
@@ -19,10 +19,13 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-Path = Literal["grouped", "split", "tiles", "fused"]
+Path = Literal["grouped", "filled", "split", "tiles", "fused"]
 
 TILE = 64
 """rows of a tile"""
+
+ROUND = 16
+"""slots that the path ``filled`` gives an expert are a multiple of this"""
 
 
 class Rows(NamedTuple):
@@ -75,16 +78,16 @@ def locate_rows(rows: Rows, subtokens: Sequence[Tensor]) -> tuple[Tensor, Tensor
 
 @dataclass(frozen=True)
 class Plan:
-    """Where every choice goes. R = T K choices; P slots, P = R but on the path of tiles.
+    """Where every choice goes. R = T K choices; P slots, P = R but on the paths ``filled`` and ``tiles``.
 
     Attributes:
         path: how slots meet their experts' matrices.
-        row: (P,) int64, row that a slot copies (row 0 for slots that only fill a tile).
+        row: (P,) int64, row that a slot copies (row 0 for slots that only fill up).
         slot: (K, T) int64, slot of every choice.
-        choice: (P,) int64, flat index into (K, T) of a slot's choice; R for slots that only fill a tile.
+        choice: (P,) int64, flat index into (K, T) of a slot's choice; R for slots that only fill up.
         expert: (P,) int32, expert of a slot.
         ends: (E,) int32, slots of experts 0..e together.
-        sizes: slots of each expert on the host; on the path ``split``, and on a CPU on the path ``grouped``.
+        sizes: slots of each expert on the host; on a CPU and on the path ``split``.
     """
 
     path: Path
@@ -104,14 +107,17 @@ def choose_path(device_type: str, dtype: torch.dtype, num_experts: int, in_dim: 
       matrix) was measured with one thread; in float32 tiles lose.
     * ``grouped`` (``F.grouped_mm``) elsewhere, if it takes the type and both widths: rows of matrices must be
       multiples of 16 bytes, float64 is refused, and so are 1,024 experts on a GPU.
+    * ``filled``, the same with round numbers of slots, for 16-bit types on a CPU: there every new number of rows
+      builds a kernel first, for 1 to 13 ms where the product takes 0.1.
     * ``split``, a loop over experts, for all the rest. It must know the sizes, so a GPU waits for it.
     """
-    if device_type == "cpu" and dtype == torch.bfloat16 and num_experts >= 32 and in_dim * hidden_dim <= 2**15:
+    on_cpu = device_type == "cpu"
+    if on_cpu and dtype == torch.bfloat16 and num_experts >= 32 and in_dim * hidden_dim <= 2**15:
         return "tiles"
     widths_fit = all(width * dtype.itemsize % 16 == 0 for width in (in_dim, hidden_dim))
     types_fit = dtype in (torch.float32, torch.bfloat16, torch.float16)
     if hasattr(F, "grouped_mm") and types_fit and widths_fit and num_experts < 1024:
-        return "grouped"
+        return "filled" if on_cpu and dtype.itemsize == 2 else "grouped"
     return "split"
 
 
@@ -123,10 +129,10 @@ def make_plan(experts: Tensor, num_experts: int, path: Path) -> Plan:
     expert, choice = keys.sort(stable=True)
     numbers = torch.arange(num_experts, dtype=keys.dtype, device=keys.device)
     ends = torch.searchsorted(expert, numbers, right=True, out_int32=True)
-    if path == "tiles":
-        return _tile(choice, expert.long(), ends.long(), experts)
-    slot = torch.empty_like(choice).scatter_(0, choice, torch.arange(K * T, device=keys.device))
     sizes = ends.diff(prepend=ends.new_zeros(1)).tolist() if path == "split" or keys.device.type == "cpu" else []
+    if path in ("filled", "tiles"):
+        return _fill(choice, expert.long(), ends.long(), sizes, experts, path)
+    slot = torch.empty_like(choice).scatter_(0, choice, torch.arange(K * T, device=keys.device))
     return Plan(path, choice % max(T, 1), slot.view(K, T), choice, expert.int(), ends, sizes)
 
 
@@ -139,19 +145,29 @@ def within_capacity(plan: Plan, experts: Tensor, capacity_factor: float) -> Tens
     return plan.slot.t() - starts[experts] < capacity
 
 
-def _tile(choice: Tensor, expert: Tensor, ends: Tensor, experts: Tensor) -> Plan:
-    """Slots of every expert, sorted by ``expert``, filled up to whole tiles. The number of slots is read from the
-    tensor: CPU only."""
-    starts = F.pad(ends[:-1], (1, 0))
-    tile_ends = ((ends - starts + TILE - 1) // TILE * TILE).cumsum(0)
-    num_slots, (T, K) = int(tile_ends[-1]), experts.shape
-    moved = torch.arange(K * T, device=choice.device) + (F.pad(tile_ends[:-1], (1, 0)) - starts)[expert]
+def _fill(choice: Tensor, expert: Tensor, ends: Tensor, sizes: list[int], experts: Tensor, path: Path) -> Plan:
+    """Slots of every expert, sorted by ``expert``, filled up to round numbers or to whole tiles, a round number of
+    them. CPU only."""
+    if path == "filled":
+        filled = [_round_up(size, ROUND) for size in sizes]
+    else:
+        filled = [-(-size // TILE) * TILE for size in sizes]
+        num_tiles = sum(filled) // TILE
+        filled[-1] += (_round_up(num_tiles, 1) - num_tiles) * TILE
+    (T, K), num_slots = experts.shape, sum(filled)
+    starts, new_ends = F.pad(ends[:-1], (1, 0)), torch.tensor(filled).cumsum(0)
+    moved = torch.arange(K * T) + (F.pad(new_ends[:-1], (1, 0)) - starts)[expert]
     slot_choice = choice.new_full((num_slots,), K * T).scatter_(0, moved, choice)
     row = torch.where(slot_choice < K * T, slot_choice % max(T, 1), 0)
-    numbers = torch.arange(num_slots, device=choice.device)
-    slot_expert = torch.searchsorted(tile_ends, numbers, right=True, out_int32=True)
+    slot_expert = torch.searchsorted(new_ends, torch.arange(num_slots), right=True, out_int32=True)
     slot = torch.empty_like(choice).scatter_(0, choice, moved)
-    return Plan("tiles", row, slot.view(K, T), slot_choice, slot_expert, tile_ends.int(), [])
+    return Plan(path, row, slot.view(K, T), slot_choice, slot_expert, new_ends.int(), filled)
+
+
+def _round_up(size: int, step: int) -> int:
+    """The next multiple of ``step``, and of an eighth of the power of two below: at most eight sizes an octave."""
+    step = max(step, 1 << max(size.bit_length() - 4, 0))
+    return -(-size // step) * step
 
 
 class _Permute(Function):
@@ -188,7 +204,7 @@ class _Combine(Function):
     @once_differentiable
     def backward(ctx, grad: Tensor):
         plan, (y, gates) = ctx.plan, ctx.saved_tensors
-        # The appended zero is the weight of slots that only fill a tile.
+        # The appended zero is the weight of slots that only fill up.
         weights = torch.cat([gates.t().reshape(-1), gates.new_zeros(1)]).to(y.dtype)
         grad_y = grad.index_select(0, plan.row).mul_(weights[plan.choice].unsqueeze(1))
         dots = [y.index_select(0, slot).mul_(grad).sum(-1, dtype=gates.dtype) for slot in plan.slot]
@@ -258,7 +274,7 @@ def expert_linear(x: Tensor, weight: Tensor, bias: Tensor | None, plan: Plan) ->
         tile_bias = _TileWeights.apply(bias, tile_expert, x.dtype).unsqueeze(1)
         return torch.baddbmm(tile_bias, tiles, tile_weight).flatten(0, 1)
     weight, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
-    if plan.path == "grouped":
+    if plan.path in ("grouped", "filled"):
         y = F.grouped_mm(x, weight, offs=plan.ends)
         return y if bias is None else _GroupBias.apply(y, bias, plan)
     biases = [None] * len(weight) if bias is None else bias.unbind(0)

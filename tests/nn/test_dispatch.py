@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mhmoe_vl.nn import dispatch
-from mhmoe_vl.nn.dispatch import TILE, choose_path, combine, expert_linear, make_plan, permute, within_capacity
+from mhmoe_vl.nn.dispatch import ROUND, TILE, choose_path, combine, expert_linear, make_plan, permute, within_capacity
 
-PATHS = ["grouped", "split", "tiles"]
+PATHS = ["grouped", "filled", "split", "tiles"]
 
 
 @st.composite
@@ -41,11 +41,16 @@ def test_every_choice_has_one_slot(drawn, path, factor):
     assert (plan.choice == T * K).sum() == len(plan.row) - T * K
     assert torch.equal(plan.expert, plan.expert.sort().values), "slots of an expert are adjacent"
     sizes = torch.diff(plan.ends, prepend=plan.ends.new_zeros(1))
+    assert plan.sizes == sizes.tolist()
     if path == "tiles":
-        assert torch.equal(sizes, (counts + TILE - 1) // TILE * TILE)
+        assert torch.equal(sizes[:-1], ((counts + TILE - 1) // TILE * TILE)[:-1])
+        assert all(size % TILE == 0 for size in plan.sizes)
+    elif path == "filled":
+        assert all(size % ROUND == 0 for size in plan.sizes)
+        assert all(count <= size <= max(count + ROUND - 1, 1.125 * count)
+                   for size, count in zip(plan.sizes, counts.tolist(), strict=True))  # fmt: skip
     else:
         assert torch.equal(sizes.long(), counts)
-        assert plan.sizes == counts.tolist()
     capacity, seen, kept = math.ceil(factor * T * K / E - 1e-9), [0] * E, within_capacity(plan, experts, factor)
     for k in range(K):
         for t in range(T):
@@ -74,6 +79,16 @@ def test_gathers_and_their_gradients(drawn, path):
     assert all(torch.allclose(a, b) for a, b in zip(actual, expected, strict=True))
 
 
+@pytest.mark.parametrize(("path", "most"), [("filled", 70), ("tiles", 70)])
+def test_few_shapes_of_products(path, most):
+    """Whatever the routing, products come in few shapes: on a CPU every new one builds a kernel."""
+    plans = [make_plan(torch.zeros(rows, 1, dtype=torch.int64), 1, path) for rows in range(0, 20_000, 7)]
+    shapes = {plan.sizes[0] for plan in plans}
+    assert len(shapes) <= most
+    assert all(max(plan.sizes[0], TILE) <= 1.13 * rows + TILE + 8 * TILE * (path == "tiles")
+               for plan, rows in zip(plans, range(0, 20_000, 7), strict=True))  # fmt: skip
+
+
 def test_first_choices_rank_before_second_ones():
     experts = torch.tensor([[0, 1], [1, 0], [0, 1]])
     plan = make_plan(experts, 2, "grouped")
@@ -86,6 +101,8 @@ def test_first_choices_rank_before_second_ones():
     [
         ("cpu", torch.float32, 8, 192, 768, "grouped"),
         ("cuda", torch.bfloat16, 128, 192, 768, "grouped"),
+        ("cpu", torch.bfloat16, 8, 192, 768, "filled"),
+        ("cpu", torch.float16, 128, 48, 192, "filled"),
         ("cpu", torch.bfloat16, 128, 48, 192, "tiles"),
         ("cuda", torch.bfloat16, 128, 48, 192, "grouped"),
         ("cpu", torch.float64, 8, 192, 768, "split"),

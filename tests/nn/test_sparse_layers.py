@@ -114,7 +114,7 @@ def test_variant_equals_reference(name, seed):
     compare(build(name), name, *random_streams(seed), 1e-9)
 
 
-@pytest.mark.parametrize("path", ["grouped", "split", "tiles"])
+@pytest.mark.parametrize("path", ["grouped", "filled", "split", "tiles"])
 @pytest.mark.parametrize("name", ["switch", "mh-moe", "mh-moe swiglu", "all experts"])
 @pytest.mark.parametrize("rows", [0, 1, 200])
 def test_paths_equal_reference_in_float32(monkeypatch, path, name, rows):
@@ -137,7 +137,7 @@ def check_path(monkeypatch, path, name, rows):
     compare(build(name, torch.float32), name, [torch.randn(1, rows, DIM)], [None], 1e-5, same_choices=True)
 
 
-@pytest.mark.parametrize("path", ["grouped", "split", "tiles"])
+@pytest.mark.parametrize("path", ["grouped", "filled", "split", "tiles"])
 @pytest.mark.parametrize("skew", ["one expert", "ties"])
 def test_skewed_choices(monkeypatch, path, skew):
     """All rows to one expert; and equal logits, where any choice of distinct experts is right."""
@@ -159,7 +159,7 @@ def test_skewed_choices(monkeypatch, path, skew):
         assert output.stats.load.tolist() == [[0, 80, 0, 0, 80, 0]]
 
 
-@pytest.mark.parametrize("path", ["grouped", "split", "tiles"])
+@pytest.mark.parametrize("path", ["grouped", "filled", "split", "tiles"])
 def test_repeats_bit_for_bit(monkeypatch, path):
     monkeypatch.setattr("mhmoe_vl.nn.experts.choose_path", lambda *_: path)
     torch.manual_seed(0)
@@ -174,7 +174,7 @@ def test_repeats_bit_for_bit(monkeypatch, path):
     assert all(torch.equal(a, b) for a, b in zip(run(), run(), strict=True))
 
 
-@pytest.mark.parametrize("path", ["grouped", "split", "tiles"])
+@pytest.mark.parametrize("path", ["grouped", "filled", "split", "tiles"])
 def test_bfloat16_autocast(monkeypatch, path):
     """Same choices as in float32, outputs and float32 gradients within bfloat16's rounding."""
     monkeypatch.setattr("mhmoe_vl.nn.experts.choose_path", lambda *_: path)
