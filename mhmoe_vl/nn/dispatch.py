@@ -170,8 +170,20 @@ def _round_up(size: int, step: int) -> int:
     return -(-size // step) * step
 
 
+def _gather_sum(y: Tensor, slot: Tensor, weights: Tensor | None) -> Tensor:
+    """sum_k weights[t, k] y[slot[k, t]]: slots (P, d) to rows (T, d); no weights are ones."""
+    if y.device.type == "cpu":  # one pass instead of two for every choice
+        return F.embedding_bag(slot.t(), y, per_sample_weights=weights, mode="sum")
+    out = y.index_select(0, slot[0])
+    out = out if weights is None else out.mul_(weights[:, :1])
+    for k in range(1, len(slot)):
+        part = y.index_select(0, slot[k])
+        out = out.add_(part) if weights is None else out.addcmul_(part, weights[:, k : k + 1])
+    return out
+
+
 class _Permute(Function):
-    """Rows (T, d) copied to slots (P, d). The gradient of a row is the sum over its choices, each a gather."""
+    """Rows (T, d) copied to slots (P, d). The gradient of a row is the sum over its choices."""
 
     @staticmethod
     def forward(ctx, rows: Tensor, plan: Plan) -> Tensor:
@@ -181,10 +193,7 @@ class _Permute(Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor):
-        total = grad.index_select(0, ctx.plan.slot[0])
-        for slot in ctx.plan.slot[1:]:
-            total += grad.index_select(0, slot)
-        return total, None
+        return _gather_sum(grad, ctx.plan.slot, None), None
 
 
 class _Combine(Function):
@@ -194,11 +203,7 @@ class _Combine(Function):
     def forward(ctx, y: Tensor, gates: Tensor, plan: Plan) -> Tensor:
         ctx.plan = plan
         ctx.save_for_backward(y, gates)
-        weights = gates.to(y.dtype)
-        out = y.index_select(0, plan.slot[0]).mul_(weights[:, :1])
-        for k in range(1, len(plan.slot)):
-            out.addcmul_(y.index_select(0, plan.slot[k]), weights[:, k : k + 1])
-        return out
+        return _gather_sum(y, plan.slot, gates.to(y.dtype))
 
     @staticmethod
     @once_differentiable
@@ -206,14 +211,14 @@ class _Combine(Function):
         plan, (y, gates) = ctx.plan, ctx.saved_tensors
         # The appended zero is the weight of slots that only fill up.
         weights = torch.cat([gates.t().reshape(-1), gates.new_zeros(1)]).to(y.dtype)
-        grad_y = grad.index_select(0, plan.row).mul_(weights[plan.choice].unsqueeze(1))
-        dots = [y.index_select(0, slot).mul_(grad).sum(-1, dtype=gates.dtype) for slot in plan.slot]
-        return grad_y, torch.stack(dots, 1), None
+        grad_y = grad.index_select(0, plan.row)
+        dots = (y * grad_y).sum(-1, dtype=gates.dtype)
+        return grad_y.mul_(weights[plan.choice].unsqueeze(1)), dots[plan.slot].t(), None
 
 
 class _GroupBias(Function):
-    """y = x + bias[expert of the slot]. The gradient of the bias is a grouped product with ones: exact order, float32
-    sums also for bfloat16. On a CPU ``x`` is overwritten, one expert after the other: half the memory traffic."""
+    """y = x + bias[expert of the slot], on a CPU in place of ``x``, one expert after the other: half the memory traffic.
+    Elsewhere the gradient of the bias is a grouped product with ones: exact order, float32 sums also for bfloat16."""
 
     @staticmethod
     def forward(ctx, x: Tensor, bias: Tensor, plan: Plan) -> Tensor:
@@ -228,6 +233,8 @@ class _GroupBias(Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor):
+        if ctx.plan.sizes:
+            return grad, torch.stack([part.sum(0) for part in grad.split(ctx.plan.sizes)]), None
         ones = grad.new_ones(len(grad), 16 // grad.itemsize)
         return grad, F.grouped_mm(ones.t(), grad.contiguous(), offs=ctx.plan.ends)[:, 0], None
 
