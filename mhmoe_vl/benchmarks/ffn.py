@@ -23,6 +23,8 @@ from .timing import Clock, captured, interleave, ratio, spread
 FP32, BF16 = "float32", "bfloat16"
 PROFILED = ("base", "device")
 FLOORS = ("thick", "thin")
+WARMUP = 3
+"""rounds that are not timed: a library builds its kernels in them, for the usual shapes"""
 
 
 def measure_group(
@@ -47,8 +49,9 @@ def measure_group(
         runs[case.name] = run
     say(f"{group}: timing")
     renew = {name: run.renew for name, run in runs.items()}
-    backward = interleave({name: run.forward_backward for name, run in runs.items()}, rounds, clock, before=renew)
-    forward = interleave({name: run.forward for name, run in runs.items()}, rounds, clock, before=renew)
+    options = {"rounds": rounds, "clock": clock, "warmup": WARMUP, "before": renew}
+    backward = interleave({name: run.forward_backward for name, run in runs.items()}, **options)
+    forward = interleave({name: run.forward for name, run in runs.items()}, **options)
     for entry in cases:
         entry |= {"forward_backward": backward[entry["name"]], "forward": forward[entry["name"]]}
     if device.type == "cuda":

@@ -120,7 +120,7 @@ GOALS = [
         for size, goal, stretch in (("base", 1.25, 1.10), ("tiny", 1.6, 1.35))
     ),
     Goal(11, "step in bf16 over fp32, base", 1 / 2, 1 / 3,
-         quotient("base", "", "mh_moe bfloat16", "mh_moe float32"), unless="this processor has no AMX"),
+         quotient("base", "", "mh_moe bfloat16", "mh_moe float32"), unless=NO_BF16),
     Goal(12, "loader, images a second over the PIL float path", 1.7, 2.2,
          quotient("loader", "", "pil", "ours"), at_least=True),
     Goal(13, "heads at masked positions, speed over all positions, 64k pieces", 5.0, 6.5,

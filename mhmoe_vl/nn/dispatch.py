@@ -217,8 +217,9 @@ class _Combine(Function):
 
 
 class _GroupBias(Function):
-    """y = x + bias[expert of the slot], on a CPU in place of ``x``, one expert after the other: half the memory traffic.
-    Elsewhere the gradient of the bias is a grouped product with ones: exact order, float32 sums also for bfloat16."""
+    """y = x + bias[expert of the slot]; on a CPU ``x`` is overwritten, one expert after the other: half the memory
+    traffic. Elsewhere the gradient of the bias is a grouped product with ones: exact order, float32 sums also for
+    bfloat16."""
 
     @staticmethod
     def forward(ctx, x: Tensor, bias: Tensor, plan: Plan) -> Tensor:
