@@ -148,8 +148,8 @@ def group_table(measured: dict[str, Any], ceilings: dict[str, float] | None = No
             quotient_ = ratio(case["device_alone"], by_name[floors[0]]["device_alone"]).median
             share = matmul_share(Size(**case["size"]), alone, ceilings)
             rows[-1] += [f"{1e3 * alone:.2f}", f"{quotient_:.2f}", f"{share:.0%}"]
-    skipped = "".join(f"\nskipped {entry['name']}: {entry['why']}" for entry in measured["skipped"])
-    return markdown(rows) + skipped
+    skipped = "".join(f"\n- skipped {entry['name']}: {entry['why']}" for entry in measured["skipped"])
+    return markdown(rows) + ("\n" + skipped if skipped else "")
 
 
 def _flat(group: str, names: Sequence[str], sizes: Sequence[int]) -> Measure:

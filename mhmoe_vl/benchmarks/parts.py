@@ -25,8 +25,9 @@ from .contenders import Dense, Run
 from .tables import markdown
 
 PARTS = ("linear layers", "matmul", "bias", "activation", "permute", "combine", "sort", "router", "other")
-"""``linear layers``: head and merge layer; ``matmul``, ``bias``, ``activation``: of the experts (fused kernels are
-all ``matmul``); ``router``: scores, choice, auxiliary losses and counts."""
+"""``linear layers``: head and merge layer; ``matmul``, ``bias`` (with casts of matrices and of their gradients),
+``activation``: of the experts (fused kernels are all ``matmul``); ``router``: scores, choice, auxiliary losses and
+counts."""
 
 OVERHEAD = ("router", "sort", "permute", "combine")
 """Parts that a dense layer does not have."""
@@ -146,7 +147,7 @@ def draw(profiles: dict[str, dict[str, float]], path: Path) -> None:
         left = [a + b for a, b in zip(left, widths, strict=True)]
     axes.invert_yaxis()
     axes.set_xlabel("forward and backward, ms")
-    axes.legend(ncols=3, fontsize="small", loc="upper center", bbox_to_anchor=(0.5, -0.25))
+    figure.legend(ncols=len(PARTS), fontsize="small", loc="outside lower center", columnspacing=1, handlelength=1)
     figure.savefig(path)
 
 

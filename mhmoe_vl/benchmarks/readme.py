@@ -15,7 +15,8 @@ START, END = "<!-- performance: written by tools/write_performance.py -->", "<!-
 
 
 def section(paths: Sequence[Path]) -> str:
-    """The machine, the goals and the profile by part of every result file.
+    """The machine, the goals and the profile by part of every result file; of an accelerator all groups, of a CPU that
+    with other libraries' layers.
 
     Raises:
         DataError: a file is not one that a benchmark wrote.
@@ -29,8 +30,8 @@ def _shown(path: Path) -> str:
         tables = [f"`tools/{results['tool']}.py`: {heading(results)}.", goals.goal_table(results["goals"])]
         if results.get("parts"):
             tables.append(parts.table(results["parts"]))
-        if "ceilings" in results:
-            tables[1:1] = [_group_table(group, results) for group in results["groups"]]
+        shown = [group for group in results["groups"] if "ceilings" in results or group["group"] == "opponents"]
+        tables[1:1] = [_group_table(group, results) for group in shown]
         return "\n\n".join(tables)
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         what = one_line(getattr(error, "strerror", None) or f"{type(error).__name__}: {error}", 120)
@@ -39,7 +40,7 @@ def _shown(path: Path) -> str:
 
 def _group_table(group: dict[str, Any], results: dict[str, Any]) -> str:
     if results["tool"] == "benchmark_ffn":
-        return ffn.group_table(group, results["ceilings"])
+        return ffn.group_table(group, results.get("ceilings"))
     return training.group_table(group, results)
 
 

@@ -112,7 +112,7 @@ def group_table(measured: dict[str, Any], results: dict[str, Any]) -> str:
         rows.append([case["name"], f"{median:.0f} ({low:.0f} to {high:.0f})", f"{quotient_:.2f}"])
         if shared:
             flops = step_flops(SIZES[name], case["name"].split()[0], depth)
-            rows[-1].append(f"{1000 * flops / median / results['ceilings']['matmul']:.0%}")
+            rows[-1].append(f"{1000 * flops / median / results['ceilings']['matmul']:.1%}")
     return markdown(rows)
 
 
