@@ -8,9 +8,11 @@ module never imports torch, so that ``--help`` answers at once.
 from __future__ import annotations
 
 import difflib
+import functools
 import re
 import types
 import typing
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union
 
@@ -756,8 +758,8 @@ def _walk(model: type[Section], location: tuple[str | int, ...]) -> tuple[list[t
     return models, re.sub(tried, "", ".".join(shown))
 
 
-def validate(model: type[Section], values: dict[str, Any], source: str = "configuration") -> Any:
-    """``model`` filled from ``values``.
+def validate(model: type[Section], values: dict[str, Any], source: str | Callable[[str], str] = "configuration") -> Any:
+    """``model`` filled from ``values``; ``source`` says where they are from, or where the one with this path is.
 
     Raises:
         ConfigError: an unknown key (with the nearest known name), a wrong type, an impossible value.
@@ -767,6 +769,7 @@ def validate(model: type[Section], values: dict[str, Any], source: str = "config
     except pydantic.ValidationError as error:
         first = error.errors()[0]
         location, (_, path) = first["loc"], _walk(model, first["loc"])
+        source = source(path) if callable(source) else source
         if first["type"] == "extra_forbidden":
             known = sorted({name for m in _walk(model, location[:-1])[0] for name in m.model_fields})
             if str(location[-1]) in ("heads", "num_heads") and "num_subtokens" in known:
@@ -785,11 +788,25 @@ def validate(model: type[Section], values: dict[str, Any], source: str = "config
 
 def load(model: type[Section], files: list[str | Path], overrides: list[str] | None = None) -> Any:
     """The configuration from YAML ``files`` (left to right), then dotted ``overrides``."""
-    values: dict[str, Any] = {}
-    for path in files:
-        values = merge(values, read_yaml(path))
-    values = merge(values, parse_overrides(overrides or []))
-    return validate(model, values, ", ".join(str(f) for f in files) or "command line")
+    parts = [*((str(path), read_yaml(path)) for path in files), ("command line", parse_overrides(overrides or []))]
+
+    def source(path: str) -> str:
+        """The last part that holds ``path``; all files where none does."""
+        holders = [name for name, part in parts if _holds(part, path.split("."))]
+        return holders[-1] if holders else ", ".join(str(f) for f in files) or "command line"
+
+    return validate(model, functools.reduce(merge, (part for _, part in parts), {}), source)
+
+
+def _holds(values: Any, keys: list[str]) -> bool:
+    """Whether nested mappings have a value at ``keys``, or a list on the way there."""
+    for key in keys:
+        if isinstance(values, list):
+            return True
+        if not isinstance(values, dict) or key not in values:
+            return False
+        values = values[key]
+    return True
 
 
 def dump(config: Section) -> str:

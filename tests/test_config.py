@@ -72,6 +72,20 @@ def test_what_is_wrong_is_said_in_one_line(tmp_path, text, options, expected):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("options", "place"),
+    [
+        ([], "a.yaml: optim.lr"),
+        (["--optim.lr", "fast"], "command line: optim.lr"),
+        (["--optim.betas", "[0.9, 2]", "--optim.lr", "1"], "command line: optim.betas.1"),
+        (["--optim.lr", "1", "--train.step", "3"], "command line: train.step "),
+    ],
+)
+def test_the_place_of_a_mistake_is_named(tmp_path, options, place):
+    with pytest.raises(ConfigError, match=place):
+        load(tmp_path, BASE + "optim: {lr: -1}", *options)
+
+
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(ConfigError, match=r"none\.yaml: No such file"):
         config.load(config.RunConfig, [tmp_path / "none.yaml"])

@@ -36,8 +36,8 @@ class Run(NamedTuple):
 def main() -> int:
     parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", default="configs/pretrain/photos_tiny.yaml", help="common settings (%(default)s)")
-    parser.add_argument("--variants", nargs="+", default=VARIANTS, help="files of configs/ffn (%(default)s)")
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="%(default)s")
+    parser.add_argument("--variants", nargs="+", default=VARIANTS, help=f"files of configs/ffn ({' '.join(VARIANTS)})")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="0 1 2")
     parser.add_argument("--out", type=Path, default=Path("out/photos/compare"), help="run folders (%(default)s)")
     parser.add_argument("--ledger", type=Path, default=Path("results/photos_tiny.jsonl"), help="%(default)s")
     parser.add_argument("--baseline", default="fine_grained", help="variant of the paired differences (%(default)s)")
