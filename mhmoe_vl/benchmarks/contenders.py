@@ -67,7 +67,7 @@ class Ours(Contender):
         if layer.routed.balance_bias is not None:  # such layers report the balance loss but do not train it
             self.balance_weight = 0.0
         if path is not None:
-            layer.routed.experts.path = lambda x: path
+            layer.routed.experts.path = lambda x, num_slots: path
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         output = self.layer(x)

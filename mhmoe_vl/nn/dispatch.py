@@ -99,12 +99,14 @@ class Plan:
     sizes: list[int]
 
 
-def choose_path(device_type: str, dtype: torch.dtype, num_experts: int, in_dim: int, hidden_dim: int) -> Path:
+def choose_path(
+    device_type: str, dtype: torch.dtype, num_slots: int, num_experts: int, in_dim: int, hidden_dim: int
+) -> Path:
     """The way to multiply.
 
-    * ``tiles`` for many thin experts in bfloat16 on a CPU, where a loop over experts, which grouped products are
-      there, costs more than the products: up to 4 times. The bound (at least 32 experts of at most 2^15 weights a
-      matrix) was measured with one thread; in float32 tiles lose.
+    * ``tiles`` for thin experts with few slots in bfloat16 on a CPU: grouped products are a loop over experts there,
+      and its toll of about 0.1 ms a product is more than copying matrices for tiles. The bound on products an expert
+      was measured: tiles take 0.5 of the time at an eighth of it, 1.1 at the double. In float32 they lose.
     * ``grouped`` (``F.grouped_mm``) elsewhere, if it takes the type and both widths: rows of matrices must be
       multiples of 16 bytes, float64 is refused, and so are 1,024 experts on a GPU.
     * ``filled``, the same with round numbers of slots, for 16-bit types on a CPU: there every new number of rows
@@ -112,7 +114,7 @@ def choose_path(device_type: str, dtype: torch.dtype, num_experts: int, in_dim: 
     * ``split``, a loop over experts, for all the rest. It must know the sizes, so a GPU waits for it.
     """
     on_cpu = device_type == "cpu"
-    if on_cpu and dtype == torch.bfloat16 and num_experts >= 32 and in_dim * hidden_dim <= 2**15:
+    if on_cpu and dtype == torch.bfloat16 and num_slots / num_experts * in_dim * hidden_dim <= 2**22:
         return "tiles"
     widths_fit = all(width * dtype.itemsize % 16 == 0 for width in (in_dim, hidden_dim))
     types_fit = dtype in (torch.float32, torch.bfloat16, torch.float16)

@@ -45,12 +45,12 @@ class Experts(nn.Module):
         stacked = nn.Parameter(torch.empty(self.num_experts, out_dim).uniform_(-bound, bound)) if bias else None
         self.register_parameter(f"{name}_bias", stacked)
 
-    def path(self, x: Tensor) -> Path:
-        """The way of dispatch that fits ``x`` and these experts."""
+    def path(self, x: Tensor, num_slots: int) -> Path:
+        """The way of dispatch that fits these experts and ``num_slots`` choices of the rows ``x``."""
         biased = self.fc1_bias is not None
         if self.activation == "gelu" and fused_runs(x.device, x.dtype, self.dim, self.hidden_dim, biased):
             return "fused"
-        return choose_path(x.device.type, x.dtype, self.num_experts, self.dim, self.hidden_dim)
+        return choose_path(x.device.type, x.dtype, num_slots, self.num_experts, self.dim, self.hidden_dim)
 
     def mix(self, x: Tensor, gates: Tensor, plan: Plan) -> Tensor:
         """Rows (T, d) through the experts that ``plan`` gives them, added up with ``gates`` (T, K): (T, d)."""

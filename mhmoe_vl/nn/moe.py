@@ -150,7 +150,7 @@ class RoutedExperts(nn.Module):
     def _mix(self, x: Tensor, experts: Tensor, gates: Tensor) -> tuple[Tensor, Tensor | None]:
         """Rows through their experts, (T, d), and which choices capacity kept, (T, K); None: all."""
         x = x.to(_compute_dtype(x))
-        plan, kept = make_plan(experts, self.num_experts, self.experts.path(x)), None
+        plan, kept = make_plan(experts, self.num_experts, self.experts.path(x, experts.numel())), None
         if self.training and self.capacity_factor is not None:
             kept = within_capacity(plan, experts, self.capacity_factor)
             gates = gates * kept

@@ -97,22 +97,23 @@ def test_first_choices_rank_before_second_ones():
 
 
 @pytest.mark.parametrize(
-    ("device", "dtype", "experts", "in_dim", "hidden_dim", "path"),
+    ("device", "dtype", "slots", "experts", "in_dim", "hidden_dim", "path"),
     [
-        ("cpu", torch.float32, 8, 192, 768, "grouped"),
-        ("cuda", torch.bfloat16, 128, 192, 768, "grouped"),
-        ("cpu", torch.bfloat16, 8, 192, 768, "filled"),
-        ("cpu", torch.float16, 128, 48, 192, "filled"),
-        ("cpu", torch.bfloat16, 128, 48, 192, "tiles"),
-        ("cuda", torch.bfloat16, 128, 48, 192, "grouped"),
-        ("cpu", torch.float64, 8, 192, 768, "split"),
-        ("cpu", torch.float32, 8, 6, 768, "split"),
-        ("cuda", torch.bfloat16, 8, 12, 768, "split"),
-        ("cuda", torch.bfloat16, 2048, 48, 64, "split"),
+        ("cpu", torch.float32, 12_608, 8, 192, 768, "grouped"),
+        ("cuda", torch.bfloat16, 12_608, 128, 192, 768, "grouped"),
+        ("cpu", torch.bfloat16, 12_608, 8, 192, 768, "filled"),
+        ("cpu", torch.float16, 12_608, 128, 48, 192, "filled"),
+        ("cpu", torch.bfloat16, 12_608, 128, 48, 192, "tiles"),
+        ("cpu", torch.bfloat16, 126_080, 128, 48, 192, "filled"),
+        ("cuda", torch.bfloat16, 12_608, 128, 48, 192, "grouped"),
+        ("cpu", torch.float64, 12_608, 8, 192, 768, "split"),
+        ("cpu", torch.float32, 12_608, 8, 6, 768, "split"),
+        ("cuda", torch.bfloat16, 12_608, 8, 12, 768, "split"),
+        ("cuda", torch.bfloat16, 12_608, 2048, 48, 64, "split"),
     ],
 )
-def test_choice_of_path(device, dtype, experts, in_dim, hidden_dim, path):
-    assert choose_path(device, dtype, experts, in_dim, hidden_dim) == path
+def test_choice_of_path(device, dtype, slots, experts, in_dim, hidden_dim, path):
+    assert choose_path(device, dtype, slots, experts, in_dim, hidden_dim) == path
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -136,4 +137,4 @@ def test_split_without_grouped_products(monkeypatch):
         linear = staticmethod(torch.nn.functional.linear)
 
     monkeypatch.setattr(dispatch, "F", Older)
-    assert choose_path("cpu", torch.float32, 8, 192, 768) == "split"
+    assert choose_path("cpu", torch.float32, 100, 8, 192, 768) == "split"

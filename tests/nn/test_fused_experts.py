@@ -106,7 +106,7 @@ def test_where_the_kernels_are_not_asked(monkeypatch):
     assert not fused_runs(gpu, torch.float32, 192, 768, True)
     assert not fused_runs(gpu, torch.bfloat16, 200, 768, True)
     x = torch.zeros(1, 192, dtype=torch.bfloat16)
-    assert Experts(192, 2, 8, activation="gelu", bias=True).path(x) != "fused"
+    assert Experts(192, 2, 8, activation="gelu", bias=True).path(x, 8) != "fused"
 
 
 @pytest.mark.parametrize(

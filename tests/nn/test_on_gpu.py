@@ -71,7 +71,7 @@ def test_the_path_taken(options, dtype, path):
         pytest.skip("fused kernels are for Hopper and later")
     layer = Experts(dim, count, hidden, activation=activation, bias=True).to(GPU)
     assert split_width(dim) is not None
-    assert layer.path(torch.zeros(1, dim, dtype=dtype, device=GPU)) == path
+    assert layer.path(torch.zeros(1, dim, dtype=dtype, device=GPU), 2) == path
 
 
 @pytest.mark.parametrize("contender", ["mh_moe", "grouped", "cosine", "moe", "thick"])
