@@ -23,7 +23,7 @@ from ..errors import ConfigError, one_line
 from .sample import BadSample
 
 FORMATS = ("JPEG", "PNG", "WEBP")
-MAX_PIXELS = {"JPEG": 25_000_000, "PNG": 25_000_000, "WEBP": 16_800_000}
+MAX_PIXELS = {"JPEG": 25_000_000, "PNG": 25_000_000, "WEBP": 15_000_000}
 """By format, so that decoding takes at most 300 MiB: a progressive JPEG needs 10 bytes a pixel, a WebP picture 17."""
 BAND = 256
 """Rows that are converted at a time."""

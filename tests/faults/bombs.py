@@ -93,8 +93,8 @@ def _pictures() -> Iterator[Bomb]:
         "progressive JPEG, turned": lambda: _saved("RGB", "JPEG", 5000, progressive=True, subsampling=0, exif=turned),
         "CMYK JPEG": lambda: _saved("CMYK", "JPEG", 5000),
         "JPEG of 65,500 x 65,500": lambda: _saved("L", "JPEG", 100).replace(b"\0\x64\0\x64", b"\xff\xdc\xff\xdc", 1),
-        "WebP of 4,096 x 4,096": lambda: _saved("RGB", "WEBP", 4096, quality=10, method=0),
-        "lossless WebP with alpha": lambda: _saved("RGBA", "WEBP", 4096, lossless=True, method=0),
+        "WebP of 3,870 x 3,870": lambda: _saved("RGB", "WEBP", 3870, quality=10, method=0),
+        "lossless WebP with alpha": lambda: _saved("RGBA", "WEBP", 3870, lossless=True, method=0),
         "WebP of 20 frames": lambda: _saved(
             "RGB",
             "WEBP",
