@@ -22,7 +22,7 @@ from .sample import BadSample
 TIMEOUT = 30.0
 PAUSES = (0.5, 2.0, 8.0)
 LEAST_RATE = 1000.0
-"""bytes a second, looked at once an attempt has taken twice ``TIMEOUT``"""
+"""bytes a second, looked at once an attempt has waited for ``TIMEOUT`` in all"""
 PIECE = 2**16
 _TRANSIENT = (408, 425, 429, 500, 502, 503, 504)
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:")
@@ -108,13 +108,17 @@ def _attempt(url: str, action: Callable[[], Result]) -> Result:
 
 def _read(response: http.client.HTTPResponse, size: int) -> Iterator[bytes]:
     """The body piece by piece, at most ``size`` bytes of it."""
-    began, arrived = time.monotonic(), 0
-    while arrived < size and (piece := response.read1(min(PIECE, size - arrived))):
+    waited, arrived = 0.0, 0
+    while arrived < size:
+        began = time.monotonic()
+        piece = response.read1(min(PIECE, size - arrived))
+        waited += time.monotonic() - began  # not the time that the pieces' reader takes
+        if not piece:
+            return
         arrived += len(piece)
+        if waited > TIMEOUT and arrived < LEAST_RATE * waited:
+            raise _Cut(f"{arrived} bytes in {waited:.0f} s")
         yield piece
-        seconds = time.monotonic() - began
-        if seconds > 2 * TIMEOUT and arrived < LEAST_RATE * seconds:
-            raise _Cut(f"{arrived} bytes in {seconds:.0f} s")
 
 
 def fetch_range(url: str, start: int, size: int) -> bytes:

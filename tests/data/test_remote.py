@@ -114,3 +114,26 @@ def test_a_silent_server_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
         with pytest.raises(BadSample, match="timed out"):
             remote.fetch_range(address, 0, 10)
         assert time.monotonic() - started < 10
+
+
+class Slow:
+    """A response that takes ``pause`` seconds for every byte."""
+
+    def __init__(self, pause: float) -> None:
+        self.pause = pause
+
+    def read1(self, size: int) -> bytes:
+        time.sleep(self.pause)
+        return b"."
+
+
+def test_only_the_time_waited_for_the_server_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A trickle is cut; a reader of the pieces that takes its time is not the server's fault."""
+    monkeypatch.setattr(remote, "TIMEOUT", 0.05)
+    with pytest.raises(OSError, match="bytes in 0 s"):
+        list(remote._read(Slow(0.03), 100))
+    taken = []
+    for piece in remote._read(Slow(0.0), 4):
+        taken.append(piece)
+        time.sleep(0.04)
+    assert b"".join(taken) == b"...."

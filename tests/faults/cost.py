@@ -2,7 +2,8 @@
 
 Loader: checksums of members, and the rest of the bookkeeping, against the same loader with checksums left out. Steps:
 the finite test, the copy of buffers, the counts over ranks and the alarms, as train/step.py makes them, against a step
-of plain layers of the tiny size. The two are timed in turns, and the medians of the processor time are compared.
+of plain layers of the tiny size. The two are timed in turns, each first every other time, and the median quotient of
+the turns' processor times is the figure: a machine that changes its speed changes both.
 """
 
 from __future__ import annotations
@@ -31,8 +32,8 @@ LOADER, STEP = 3.0, 1.0
 
 def check(folder: Path, full: bool) -> Found:
     found = Found("")
-    loader = _loader_cost(folder, 24 if full else 8)
-    step = _step_cost(40 if full else 12)
+    loader = _loader_cost(folder, 60 if full else 8)
+    step = _step_cost(60 if full else 12)
     # Few repetitions give no figure: the limits are for make faults.
     if full and loader > LOADER:
         found.failures.append(f"the loader's checks cost {loader:.2f} %")
@@ -43,15 +44,17 @@ def check(folder: Path, full: bool) -> Found:
     return found
 
 
-def _in_turns(repeats: int, plain: Callable[[], object], checked: Callable[[], object]) -> tuple[float, float]:
-    """Median processor seconds of both."""
-    seconds: tuple[list[float], list[float]] = ([], [])
-    for _ in range(repeats):
-        for times, action in zip(seconds, (plain, checked), strict=True):
+def _quotient(repeats: int, plain: Callable[[], object], checked: Callable[[], object]) -> float:
+    """Processor seconds of ``checked`` over those of ``plain``, median of the turns."""
+    quotients = []
+    for turn in range(repeats):
+        seconds = {}
+        for action in (plain, checked) if turn % 2 else (checked, plain):
             began = time.process_time()
             action()
-            times.append(time.process_time() - began)
-    return median(seconds[0]), median(seconds[1])
+            seconds[action] = time.process_time() - began
+        quotients.append(seconds[checked] / seconds[plain])
+    return median(quotients)
 
 
 def _loader_cost(folder: Path, repeats: int) -> float:
@@ -73,8 +76,7 @@ def _loader_cost(folder: Path, repeats: int) -> float:
             table.places[:, 2] = before
 
     dataset[0]
-    without, with_checks = _in_turns(repeats, plain, lambda: dataset[0])
-    return 100 * (with_checks / without - 1)
+    return 100 * (_quotient(repeats, plain, lambda: dataset[0]) - 1)
 
 
 def _photo(noise: np.ndarray) -> bytes:
@@ -115,5 +117,4 @@ def _step_cost(repeats: int) -> float:
         spikes.check(1.0)
 
     step()
-    whole, alone = _in_turns(repeats, step, lambda: [checks() for _ in range(50)])
-    return 100 * alone / 50 / whole
+    return 100 * _quotient(repeats, step, lambda: [checks() for _ in range(50)]) / 50

@@ -157,7 +157,7 @@ def check(folder: Path, full: bool) -> Found:
         logger.removeHandler(words)
         logger.setLevel(level)
         logger.propagate = propagate
-    if full and longest * SCALE > 60 * 1.5:  # a busy machine adds to times that are 60 times shorter
+    if full and longest * SCALE > 60:
         found.failures.append(f"{longest * SCALE:.0f} s without a sample or a word")
     found.figure = (
         f"{cases} cases of {len(FAULTS if full else FAULTS[::3])} faults, passing and lasting: every sample delivered"
